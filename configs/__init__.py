@@ -1,0 +1,1 @@
+"""Hydra's `pkg://smalti.configs` looks for this file."""
