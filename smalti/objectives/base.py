@@ -17,6 +17,7 @@ class Objective(nn.Module):
     """
 
     discriminator: nn.Module | None = None
+    discriminator_start: int = 0  # the step of its first turn, where its own learning-rate schedule begins
 
     @abstractmethod
     def forward(self, output: TokenizerOutput, images: Tensor, step: int, last_layer: Tensor | None = None) -> dict[str, Tensor]:
