@@ -141,6 +141,10 @@ def cases(family: str, folders: list[Path], **wanted: Any) -> list[Case]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "family(*names, **values): run once for each case of these fixture families")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
     # pytest has an option of this name already (it lists fixtures and takes no value), so that DIR arrives as one more
     # path to collect: it is taken back here. Without a folder behind it the option keeps pytest's meaning.
     given = list(config.invocation_params.args)
