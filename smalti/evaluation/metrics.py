@@ -1,0 +1,257 @@
+"""Figures of a reconstruction: PSNR, SSIM, LPIPS, rFID, Inception Score, codebook use and entropy.
+
+Every metric is a set of float64 sums over images (`Sums`): constant memory, and parts of a data set, or processes, are
+merged by adding. Images are compared as they would be stored, clamped and rounded to 8 bits.
+
+The published evaluator (bytedance/1d-tokenizer, titok.md §6) has rFID, Inception Score, usage and entropy; ours gives
+its figures. PSNR, SSIM and LPIPS are not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol, Self
+
+import torch
+import torch.distributed as dist
+from einops import reduce
+from torch import Tensor
+
+ENTROPY_EPS = 1e-8  # published: inside the logarithm of the codebook entropy
+SCORE_EPS = 1e-16  # published: inside the logarithms of the Inception Score
+LEAST_MSE = 1 / 12  # grey levels²: the error of rounding itself; no image counts as more than 58.92 dB
+
+
+def to_8_bit(images: Tensor) -> Tensor:
+    """Images clamped to [0, 1] and rounded to multiples of 1/255, float32: what a PNG would keep of them."""
+    return images.float().clamp(0, 1).mul(255).round() / 255
+
+
+def truncate_to_uint8(images: Tensor) -> Tensor:
+    """The published conversion before Inception: x·255 cut off, not rounded. Exact for images of `to_8_bit`."""
+    return (images * 255).to(torch.uint8)
+
+
+def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """PSNR (b,) in dB of each image (b, c, h, w), over its pixels and channels as 8-bit numbers, peak 255."""
+    difference = (to_8_bit(images).double() - to_8_bit(reconstructions).double()) * 255
+    mse = reduce(difference**2, "b c h w -> b", "mean").clamp(min=LEAST_MSE)
+    return 10 * torch.log10(255**2 / mse)
+
+
+def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """SSIM (b,) of each image as 8-bit colours: torchmetrics' Gaussian window of 11, sigma 1.5; mean over channels."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    ours, theirs = to_8_bit(reconstructions), to_8_bit(images)
+    value = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
+    assert isinstance(value, Tensor)
+    return value.reshape(len(images))
+
+
+class Sums:
+    """Named float64 sums on the CPU. `merge` adds another part's, `all_reduce` those of every process."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        self.sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    def add(self, **terms: Tensor | float) -> None:
+        """Add a term to each named sum, in float64."""
+        for name, term in terms.items():
+            self.sums[name] += torch.as_tensor(term).detach().to("cpu", torch.float64)
+
+    def merge(self, other: Self) -> None:
+        """Add the sums of another part of the images."""
+        self.add(**other.sums)
+
+    def all_reduce(self) -> None:
+        """Add up over all processes, where there are several; afterwards each holds the sums of all images."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        for name, value in self.sums.items():
+            moved = value.to(device)
+            dist.all_reduce(moved)
+            self.sums[name] = moved.cpu()
+
+
+class Mean(Sums):
+    """The mean of one number an image."""
+
+    def __init__(self) -> None:
+        super().__init__(total=(), count=())
+
+    def update(self, values: Tensor) -> None:
+        """values: (b,), one an image."""
+        self.add(total=values.detach().double().sum(), count=len(values))
+
+    def compute(self) -> float:
+        """The mean; NaN of nothing."""
+        count = self.sums["count"].item()
+        return self.sums["total"].item() / count if count else math.nan
+
+
+class CodebookStatistics(Sums):
+    """How often each code was used, over all tokens of all images."""
+
+    def __init__(self, codebook_size: int) -> None:
+        super().__init__(counts=(codebook_size,))
+
+    def update(self, indices: Tensor) -> None:
+        """indices: int64 in [0, v), any shape."""
+        counts = self.sums["counts"]
+        self.add(counts=torch.bincount(indices.detach().cpu().flatten(), minlength=len(counts)))
+
+    def compute(self) -> dict[str, float]:
+        """codebook_usage: distinct codes seen / v. codebook_entropy: bits a token, as published.
+        codebook_perplexity: the number of equally frequent codes of the same (exact) entropy."""
+        counts = self.sums["counts"]
+        p = counts / counts.sum()
+        exact = -torch.xlogy(p, p).sum()
+        return {
+            "codebook_usage": (counts > 0).double().mean().item(),
+            "codebook_entropy": -(p * torch.log2(p + ENTROPY_EPS)).sum().item(),
+            "codebook_perplexity": exact.exp().item(),
+        }
+
+
+class FeatureMoments(Sums):
+    """Mean and covariance of feature vectors from running sums."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(total=(width,), outer=(width, width), count=())
+
+    def update(self, features: Tensor) -> None:
+        """features: (b, f)."""
+        features = features.detach().to("cpu", torch.float64)
+        self.add(total=features.sum(0), outer=features.T @ features, count=len(features))
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sums["total"] / self.sums["count"]
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased (divided by N - 1)."""
+        total, count = self.sums["total"], self.sums["count"]
+        return (self.sums["outer"] - torch.outer(total, total) / count) / (count - 1)
+
+
+def frechet_distance(real: FeatureMoments, fake: FeatureMoments) -> float:
+    """|m - m'|² + tr(C) + tr(C') - 2 tr((C C')^½) between the Gaussians of two sets of features.
+
+    The trace of the root is the sum of the roots of the eigenvalues of C^½ C' C^½, which is symmetric: real, and exact
+    also for singular covariances, where the published `scipy.linalg.sqrtm(C C')` carries rounding noise (1e-8
+    relative with fewer images than features). Where it is not finite the published fallback stands: the sum of the
+    roots of the products of the diagonals. NaN with fewer than two images.
+    """
+    covariances = [real.covariance, fake.covariance]
+    apart = (real.mean - fake.mean).square().sum() + covariances[0].trace() + covariances[1].trace()
+    if not torch.isfinite(apart):
+        return math.nan
+    values, vectors = torch.linalg.eigh(covariances[0])
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    trace = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
+    if not torch.isfinite(trace):
+        trace = (covariances[0].diagonal() * covariances[1].diagonal()).sqrt().sum()
+    return (apart - 2 * trace).item()
+
+
+class InceptionScore(Sums):
+    """exp(mean KL(p(y|x) || p(y))) without splits, as published."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(probabilities=(classes,), negative_entropy=(), count=())
+
+    def update(self, logits: Tensor) -> None:
+        """logits: (b, classes), without the bias in the published protocol."""
+        p = logits.detach().to("cpu", torch.float64).softmax(-1)
+        self.add(probabilities=p.sum(0), negative_entropy=(p * torch.log(p + SCORE_EPS)).sum(), count=len(p))
+
+    def compute(self) -> float:
+        """The score, at least 1; NaN of nothing."""
+        count = self.sums["count"]
+        mean = self.sums["probabilities"] / count
+        return torch.exp(self.sums["negative_entropy"] / count - (mean * torch.log(mean + SCORE_EPS)).sum()).item()
+
+
+class FeatureExtractor(Protocol):
+    """uint8 images (b, 3, h, w) to features (b, width) and logits (b, classes): smalti.evaluation.inception's."""
+
+    width: int
+    classes: int
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class ReconstructionMetrics:
+    """All figures of one pass over images and their reconstructions.
+
+    codebook_size: v, None for continuous tokens. lpips: distances (b,) between two batches (b, 3, h, w) in [0, 1].
+    inception: for rFID and the Inception Score. What needs a network that is not given is left out.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int | None = None,
+        *,
+        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+        inception: FeatureExtractor | None = None,
+    ) -> None:
+        self.lpips, self.inception = lpips, inception
+        self.psnr, self.ssim, self.distance = Mean(), Mean(), Mean()
+        self.codebook = None if codebook_size is None else CodebookStatistics(codebook_size)
+        width, classes = (inception.width, inception.classes) if inception else (0, 0)
+        self.real, self.fake, self.score = FeatureMoments(width), FeatureMoments(width), InceptionScore(classes)
+
+    @property
+    def count(self) -> int:
+        """Images measured so far."""
+        return int(self.psnr.sums["count"].item())
+
+    @torch.no_grad()
+    def update(self, images: Tensor, reconstructions: Tensor, indices: Tensor | None = None) -> None:
+        """images, reconstructions: (b, 3, h, w), meant for [0, 1]. indices: any shape, None for continuous tokens."""
+        images, reconstructions = to_8_bit(images), to_8_bit(reconstructions)
+        self.psnr.update(psnr(images, reconstructions))
+        self.ssim.update(ssim(images, reconstructions))
+        if self.lpips is not None:
+            self.distance.update(self.lpips(images, reconstructions))
+        if self.codebook is not None and indices is not None:
+            self.codebook.update(indices)
+        if self.inception is not None:
+            self.real.update(self.inception(truncate_to_uint8(images))[0])
+            features, logits = self.inception(truncate_to_uint8(reconstructions))
+            self.fake.update(features)
+            self.score.update(logits)
+
+    def merge(self, other: ReconstructionMetrics) -> None:
+        """Add the images that another accumulator of the same kind has seen."""
+        for mine, theirs in zip(self._sums(), other._sums(), strict=True):
+            mine.merge(theirs)
+
+    def all_reduce(self) -> None:
+        """Add up over all processes."""
+        for part in self._sums():
+            part.all_reduce()
+
+    def compute(self) -> dict[str, float]:
+        """Figures by name: psnr, ssim, lpips, rfid, inception_score, codebook_usage, …; those that were measured."""
+        figures = {"psnr": self.psnr.compute(), "ssim": self.ssim.compute()}
+        if self.lpips is not None:
+            figures["lpips"] = self.distance.compute()
+        if self.inception is not None:
+            figures["rfid"] = frechet_distance(self.real, self.fake)
+            figures["inception_score"] = self.score.compute()
+        if self.codebook is not None:
+            figures |= self.codebook.compute()
+        return figures
+
+    def _sums(self) -> list[Sums]:
+        parts: list[Sums] = [self.psnr, self.ssim]
+        if self.lpips is not None:
+            parts.append(self.distance)
+        if self.inception is not None:
+            parts += [self.real, self.fake, self.score]
+        return parts if self.codebook is None else [*parts, self.codebook]
