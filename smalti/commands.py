@@ -1,0 +1,88 @@
+"""`smalti train|evaluate|export …`: the entry point of an installed smalti, and what all commands share.
+
+The scripts in the root of a checkout do the same: `python train.py …` is `smalti train …`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import NoReturn
+
+import smalti
+from smalti.errors import UserError, did_you_mean, run_command
+
+COMMANDS = {
+    "train": "train a tokenizer from a recipe (an experiment) on a set of images",
+    "evaluate": "measure an exported tokenizer on images, or reconstruct one photo",
+    "export": "write a run of ours or a published checkpoint as a folder that smalti.load reads",
+}
+_FLAGS = ("--help", "--multirun", "--cfg", "--resolve", "--config-dir", "--version")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command line, taken apart: overrides (`key=value`) and flags."""
+
+    overrides: tuple[str, ...] = ()
+    help: bool = False
+    multirun: bool = False
+    print_config: bool = False
+    resolve: bool = False
+    config_dir: str | None = None
+
+
+def read(argv: Sequence[str] | None) -> Line:
+    """The command line of one command (by default this process's)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    overrides: list[str] = []
+    found: dict[str, bool | str] = {}
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag in ("-h", "--help"):
+            found["help"] = True
+        elif flag in ("-m", "--multirun"):
+            found["multirun"] = True
+        elif flag == "--resolve":
+            found["resolve"] = True
+        elif flag in ("-c", "--cfg"):
+            value = value if equals else (words.pop(0) if words else "")
+            if value != "job":
+                raise UserError(f"{flag} {value}: use {flag} job, which prints the composed config")
+            found["print_config"] = True
+        elif flag == "--config-dir":
+            found["config_dir"] = value if equals else (words.pop(0) if words else "")
+        elif flag.startswith("-") and not flag.startswith("-="):
+            if equals:
+                raise UserError(f"{word}: options have no dashes here; did you mean {word.lstrip('-')}?")
+            raise UserError(f"{word} is not a flag{did_you_mean(word, _FLAGS) or '; flags: ' + ', '.join(_FLAGS[:-1])}")
+        else:
+            overrides.append(word)
+    return Line(overrides=tuple(overrides), **found)  # type: ignore[arg-type]
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command that the first word names."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    run_command(lambda: _dispatch(words))
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("smalti: visual tokenizers.\n\nUse: smalti COMMAND [key=value …]; smalti COMMAND --help says what it takes.\n")
+        print("\n".join(f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()))
+    elif words[0] == "--version":
+        print(f"smalti {smalti.__version__}")
+    elif words[0] in COMMANDS:
+        import_module(f"smalti.{words[0]}").main(words[1:])
+    else:
+        hint = did_you_mean(words[0], COMMANDS) or f"; commands: {', '.join(COMMANDS)}"
+        raise UserError(f"'{words[0]}' is not a command{hint}")
+
+
+if __name__ == "__main__":
+    main()

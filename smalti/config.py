@@ -1,0 +1,454 @@
+"""From a command line to a checked configuration: compose with Hydra, explain what cannot be, before anything heavy.
+
+Only Hydra and OmegaConf are imported here (0.2 s). `compose` is what commands call, `instantiate` what the heavy part
+calls to build the objects that a config names. Values are checked in smalti/checks.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+import smalti.configs
+from smalti.errors import UserError, did_you_mean
+
+FOLDER = Path(smalti.configs.__file__).resolve().parent
+HIDDEN_GROUPS = ("overlay",)  # picked by the primary config itself, from scale and tokenizer
+TARGETS = ("smalti.", "torch.optim.", "torchvision.models.", "torchmetrics.", "timm.")
+PATHS = ("output", "run", "init_path", "teacher_path", "model_path", "data.path", "checkpoint", "config", "image")
+
+# What a key holds whose value in the configs is null: null says nothing about the type of what replaces it.
+TYPES_OF_NULL: dict[str, type | tuple[type, ...]] = {
+    **{path: str for path in PATHS},
+    "source": str,
+    "optimizer.clip": float,
+    "validation.images": int,
+    "images": int,
+}
+# Keys that hold a value and may be switched off by null; arguments of a `_target_` are left to its constructor.
+MAY_BECOME_NULL = re.compile(r"\.(path|clip|images|classes|nan_limit|logvar_init|steps)$")
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a section"}
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A resolved config, the options that were chosen for its groups, and what the command line really changed.
+
+    choices: group → option. changes: key → value as it names a run folder, without the overrides that repeat the default.
+    """
+
+    config: DictConfig
+    choices: dict[str, str]
+    changes: dict[str, Any]
+
+
+def compose(command: str, overrides: Sequence[str], config_dir: str | None = None) -> Composed:
+    """The checked config of `command` ("train", "evaluate", "export") under `overrides` ("key=value").
+
+    Unknown keys, options and types are refused with a UserError that says what is possible.
+    """
+    parsed = parse(command, overrides, config_dir)
+    for override in parsed:
+        if override.is_sweep_override():
+            raise UserError(
+                f"{override.input_line} has several values: add -m for a sweep, or quote a text with commas: "
+                f"{override.key_or_group}=\"'a,b'\""
+            )
+    groups = [override for override in parsed if is_group(override.key_or_group, config_dir)]
+    values = [override for override in parsed if override not in groups and not override.is_hydra_override()]
+    launch = [override for override in parsed if override.is_hydra_override()]
+    search = search_path(config_dir)
+    with session():
+        _, default_choices = _hydra(command, search)
+        before, choices = _hydra(command, search + _lines(groups + launch))
+        for override in values:
+            _check_key(before, override)
+        config, _ = _hydra(command, search + _lines(groups + launch + values))
+    for override in values:
+        _check_type(override.key_or_group, _select(before, override.key_or_group), _select(config, override.key_or_group))
+    _expand_paths(config)
+    _check_targets(config)
+    changes: dict[str, Any] = {
+        group: choice for group, choice in choices.items() if choice != default_choices.get(group) and "/" not in group
+    }
+    changes |= {group: choice for group, choice in choices.items() if "/" in group and default_choices.get(group) != choice}
+    for override in values:
+        key, value = override.key_or_group, _select(config, override.key_or_group)
+        if value != _select(before, key):
+            changes[key] = value
+    return Composed(_resolved(config, choices), choices, changes)
+
+
+def session() -> AbstractContextManager[None]:
+    """Hydra, ready to compose from the configs of the package."""
+    return hydra.initialize_config_module("smalti.configs", version_base="1.3", job_name="smalti")
+
+
+def parse(command: str, overrides: Sequence[str], config_dir: str | None = None) -> list[Override]:
+    """Overrides as Hydra reads them, group options checked, `stage=2` rewritten; the last of equal keys wins."""
+    parser = OverridesParser.create()
+    parsed: dict[str, Override] = {}
+    for text in overrides:
+        _check_form(command, text)
+        try:
+            override = parser.parse_overrides([text])[0]
+        except OverrideParseException as error:
+            key, _, value = text.partition("=")
+            reason = str(error).splitlines()[0].removeprefix("LexerNoViableAltException: ")
+            raise UserError(
+                f"{text} cannot be read ({reason}); quote a value with special characters: '{key}=\"{value}\"'"
+            ) from error
+        if override.is_delete():
+            raise UserError(f"{text}: keys cannot be removed; use {override.key_or_group}=null where a part is optional")
+        if not override.is_sweep_override() and override.value() == "":
+            raise UserError(f"{text} has no value; write {override.key_or_group}=null for none")
+        if is_group(override.key_or_group, config_dir):
+            _check_option(command, override, config_dir)
+        parsed.pop(override.key_or_group, None)
+        parsed[override.key_or_group] = override
+    return _rewrite_stage(parsed, config_dir) if command == "train" else list(parsed.values())
+
+
+def search_path(config_dir: str | None) -> list[str]:
+    """The override that lets Hydra look for options in a folder of the user's own, too."""
+    if config_dir is None:
+        return []
+    if not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir {config_dir} is not a folder")
+    return [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
+
+
+def is_group(key: str, config_dir: str | None = None) -> bool:
+    """Whether a key picks a file of configs/ (or of Hydra's own groups)."""
+    return key.startswith("hydra/") or any((folder / key).is_dir() for folder in _folders(config_dir))
+
+
+def options(group: str, config_dir: str | None = None) -> list[str]:
+    """The files of a group, by name."""
+    return sorted({path.stem for folder in _folders(config_dir) for path in (folder / group).glob("*.yaml")})
+
+
+def groups_of(command: str) -> list[str]:
+    """The groups in a command's defaults list, in its order."""
+    defaults = OmegaConf.load(FOLDER / f"{command}.yaml").get("defaults", [])
+    names = [str(next(iter(entry))) for entry in defaults if isinstance(entry, (dict, DictConfig))]
+    return [name for name in names if name.split()[-1] not in HIDDEN_GROUPS and not name.startswith("override ")]
+
+
+def instantiate(node: Any, key: str, **extra: Any) -> Any:
+    """Build the object that a config node names by `_target_`; `key` is the node's place in the config, for messages.
+
+    Lists and dicts arrive as plain ones. `extra` are arguments that no config holds. An argument that the class does
+    not take, and a ValueError raised by a constructor, become a UserError that names the config key.
+    """
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    for path, part in _targets(plain, key):
+        _check_arguments(part, path, tuple(extra) if part is plain else ())
+    try:
+        return hydra.utils.instantiate(plain, _convert_="all", **extra)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        if isinstance(cause, ValueError):
+            inner = re.search(r"full_key: (\S+)", str(error))
+            place = f"{key}.{inner[1]}" if inner else key
+            raise UserError(f"{place}: {cause}") from error
+        raise cause or error from None
+
+
+def _folders(config_dir: str | None) -> list[Path]:
+    return [FOLDER] if config_dir is None else [FOLDER, Path(config_dir)]
+
+
+def _lines(overrides: Sequence[Override]) -> list[str]:
+    return [f"{override.get_key_element()}={override.get_value_element_as_str()}" for override in overrides]
+
+
+def _hydra(command: str, lines: list[str]) -> tuple[DictConfig, dict[str, str]]:
+    """Compose, with Hydra's and OmegaConf's refusals as UserError. The config without Hydra's node, and the choices."""
+    try:
+        config = hydra.compose(command, lines, return_hydra_config=True)
+        choices = {
+            str(group).split("@")[0]: str(option)
+            for group, option in config.hydra.runtime.choices.items()
+            if option is not None and not str(group).startswith("hydra/")
+        }
+        with open_dict(config):
+            del config["hydra"]
+        return config, {group: option for group, option in choices.items() if group not in HIDDEN_GROUPS}
+    except (HydraException, OmegaConfBaseException) as error:
+        text = str(error)
+        if missing := re.search(r"hydra/(launcher|sweeper)/(\w+)", text):
+            raise UserError(
+                f"hydra/{missing[1]}={missing[2]} needs a plugin that is not installed; pip install 'smalti[cluster]'"
+            ) from error
+        if all(line.startswith("hydra.searchpath") for line in lines):
+            raise  # the configs themselves do not compose
+        reason = " ".join(text.split("\n    full_key")[0].split("See https")[0].split())
+        raise UserError(f"{' '.join(lines)}: {reason}") from error
+
+
+def _resolved(config: DictConfig, choices: Mapping[str, str]) -> DictConfig:
+    """Interpolations replaced by values; required keys present; the experiment's name inside."""
+    with open_dict(config):
+        if "experiment" in choices:
+            config["experiment"] = choices["experiment"]
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} is required: give {missing[0]}=…; `--help` says what it is")
+    try:
+        resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(resolved, DictConfig)
+    OmegaConf.set_struct(resolved, True)
+    return resolved
+
+
+def _check_form(command: str, text: str) -> None:
+    """`key=value` in one word, without dashes."""
+    key, equals, value = text.partition("=")
+    if not key or key != key.strip() or (equals and value[:1] == " "):
+        raise UserError(f"'{text}' is not key=value; write it without spaces around '='")
+    if equals or text.startswith("~"):
+        return
+    for group in groups_of(command):
+        if text in options(group):
+            raise UserError(f"'{text}' is not key=value; did you mean {group}={text}?")
+    raise UserError(f"'{text}' is not key=value; for example {'experiment=titok' if command == 'train' else 'output=DIR'}")
+
+
+def _check_option(command: str, override: Override, config_dir: str | None) -> None:
+    """A group takes the name of one of its files (or null, or a list of names)."""
+    group = override.key_or_group
+    if group.startswith("hydra/"):
+        return
+    if group.split("/")[0] not in groups_of(command):
+        own = groups_of(command)
+        raise UserError(f"{group} is not a group of `{command}`; it has {', '.join(own) if own else 'none'}")
+    if override.is_sweep_override():
+        names: list[Any] = list(override.sweep_iterator()) if override.is_choice_sweep() else []
+        names = names or [override.get_value_string()]
+    else:
+        value = override.value()
+        names = value if isinstance(value, list) else [value]
+    possible = options(group, config_dir)
+    for name in names:
+        if name is None and group in ("launcher", "sweep", "logger"):
+            continue
+        if str(name) not in possible:
+            hint = did_you_mean(str(name), possible)
+            raise UserError(f"{group}={'null' if name is None else name} is unknown{hint or ';'} possible: {', '.join(possible)}")
+
+
+def _rewrite_stage(parsed: dict[str, Override], config_dir: str | None) -> list[Override]:
+    """`experiment=X stage=2` composes experiment X_stage2: Hydra's groups cannot be picked by a number."""
+    stage = parsed.pop("stage", None)
+    if stage is None:
+        return list(parsed.values())
+    if stage.is_sweep_override():
+        raise UserError(f"{stage.input_line}: stages follow each other (stage 2 starts from stage 1's export); run them in turn")
+    if stage.value() not in (1, 2):
+        raise UserError(f"{stage.input_line} is not a stage; use stage=1 or stage=2")
+    experiment = parsed.get("experiment")
+    names = _names(experiment, "titok")
+    if stage.value() == 1:
+        late = [name for name in names if name.endswith("_stage2")]
+        if late:
+            raise UserError(f"experiment={late[0]} is stage 2; use experiment={late[0].removesuffix('_stage2')} for stage 1")
+        return list(parsed.values())
+    known = options("experiment", config_dir)
+    rewritten = [name if name.endswith("_stage2") else f"{name}_stage2" for name in names]
+    for name, target in zip(names, rewritten, strict=True):
+        if target not in known:
+            two = [option.removesuffix("_stage2") for option in known if option.endswith("_stage2")]
+            raise UserError(f"stage=2: experiment={name} has one stage; with two: {', '.join(two) or 'none'}")
+    parsed["experiment"] = OverridesParser.create().parse_overrides([f"experiment={','.join(rewritten)}"])[0]
+    return list(parsed.values())
+
+
+def _names(override: Override | None, default: str) -> list[str]:
+    """The option names of a group override, one or (in a sweep) several."""
+    if override is None:
+        return [default]
+    return [str(name) for name in override.sweep_iterator()] if override.is_sweep_override() else [str(override.value())]
+
+
+def _select(config: DictConfig, key: str) -> Any:
+    """The plain, resolved value at a dotted key; None when it is missing or cannot be resolved yet."""
+    try:
+        value = OmegaConf.select(config, key)
+    except OmegaConfBaseException:
+        return None
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=False)
+    return value
+
+
+def _keys(config: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config, sections included."""
+    if isinstance(config, DictConfig):
+        for name in config:
+            yield prefix + str(name)
+            if not OmegaConf.is_missing(config, name) and not OmegaConf.is_interpolation(config, name):
+                yield from _keys(config[name], f"{prefix}{name}.")
+
+
+def _check_key(config: DictConfig, override: Override) -> None:
+    """The key exists (or, behind `+`, is a new argument of something that is built)."""
+    key, parts = override.key_or_group, override.key_or_group.split(".")
+    node: Any = config
+    for depth, part in enumerate(parts):
+        if not isinstance(node, DictConfig):
+            whole = ".".join(parts[:depth])
+            raise UserError(f"{key}: {whole} is a value, not a section; override {whole}=… as a whole")
+        if part not in node:
+            last = depth == len(parts) - 1
+            if last and (override.is_add() or override.is_force_add()) and "_target_" in node:
+                return
+            raise UserError(f"{key} is not a key of this config{_suggest(config, key, '.'.join(parts[:depth]))}")
+        node = None if OmegaConf.is_missing(node, part) else node[part]
+    if override.is_add():
+        raise UserError(f"+{key}: the key exists; write {key}=… without the plus")
+
+
+def _suggest(config: DictConfig, key: str, parent: str) -> str:
+    """The nearest key: a sibling, the same name elsewhere, or a similar one anywhere; else what the section has."""
+    every = list(_keys(config))
+    name = key[len(parent) + 1 :] if parent else key
+    siblings = [other for other in every if other.rpartition(".")[0] == parent]
+    near = did_you_mean(name.split(".")[0], [other.rpartition(".")[2] for other in siblings])
+    if near:
+        found = near.split("'")[1]
+        rest = name.partition(".")[2]
+        full = ".".join(part for part in (parent, found, rest) if part)
+        return f"; did you mean '{full if full in every else (parent + '.' if parent else '') + found}'?"
+    last = key.rpartition(".")[2]
+    same = [other for other in every if other.rpartition(".")[2] == last]
+    if same:
+        return f"; did you mean '{min(same, key=len)}'?"
+    hint = did_you_mean(key, every)
+    if hint:
+        return hint
+    inside = ", ".join(other.rpartition(".")[2] for other in siblings if not other.endswith("_target_"))
+    return f"; {parent or 'the top level'} has {inside}"
+
+
+def _check_type(key: str, old: Any, new: Any) -> None:
+    """A value keeps its type: a whole number passes as a number, null is replaced by anything TYPES_OF_NULL allows."""
+    if old == "???":
+        old = None
+    if old is None:
+        wanted = TYPES_OF_NULL.get(key)
+        if wanted is None or new is None:
+            return
+        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+    elif new is None:
+        if isinstance(old, (dict, list)) or MAY_BECOME_NULL.search("." + key) or key in TYPES_OF_NULL:
+            return
+        raise UserError(f"{key}=null: it needs {_NAMES[type(old)]} (its value is {_show(old)})")
+    elif isinstance(old, dict) and isinstance(new, dict):
+        for name in new:
+            if name in old:
+                _check_type(f"{key}.{name}", old[name], new[name])
+        return
+    elif isinstance(old, list) and isinstance(new, list):
+        if old and len({type(item) for item in old}) == 1:
+            for index, item in enumerate(new):
+                _check_type(f"{key}[{index}]", old[0], item)
+        return
+    else:
+        kinds = (type(old),)
+    if any(type(new) is kind or (kind is float and type(new) is int) for kind in kinds):
+        return
+    if isinstance(new, str) and new.startswith("${"):
+        return
+    wanted_name = " or ".join(_NAMES[kind] for kind in kinds)
+    instead = f" (such as {_show(old)})" if old is not None and not isinstance(old, dict) else ""
+    if kinds == (dict,):
+        raise UserError(f"{key}={_show(new)}: {key} is a section; override one of its keys: {', '.join(map(str, old))}")
+    quote = f"; for text write {key}=\"'{_show(new)}'\"" if kinds == (str,) and not isinstance(new, (dict, list)) else ""
+    raise UserError(f"{key}={_show(new)} is {_NAMES[type(new)]}, but it needs {wanted_name}{instead}{quote}")
+
+
+def _show(value: Any) -> str:
+    """A value as it would be typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_show, value))}]"
+    if isinstance(value, dict):
+        return "{…}"
+    return "null" if value is None else str(value)
+
+
+def _expand_paths(config: DictConfig) -> None:
+    """`~` means the home folder, which shells do not put in behind `key=`; a trailing slash means nothing."""
+    for key in PATHS:
+        value = _select(config, key)
+        if isinstance(value, str) and value not in ("", "???") and "://" not in value:
+            OmegaConf.update(config, key, os.path.normpath(os.path.expanduser(value)))
+
+
+def _targets(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every section with a `_target_`, with its place in the config."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield key, dict(node) if not isinstance(node, dict) else node
+        for name, item in node.items():
+            yield from _targets(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from _targets(item, f"{key}[{index}]")
+
+
+def _check_targets(config: DictConfig) -> None:
+    """Only classes of ours and of a short list of libraries are built from a config."""
+    for key, part in _targets(OmegaConf.to_container(config, resolve=False), ""):
+        target = part["_target_"]
+        if not isinstance(target, str) or not target.startswith(TARGETS):
+            allowed = ", ".join(f"{prefix}*" for prefix in TARGETS)
+            raise UserError(f"{key}._target_={target} is not allowed; a config builds {allowed}")
+
+
+def _check_arguments(part: dict[str, Any], key: str, extra: tuple[str, ...]) -> None:
+    """The arguments in a config section are those of the class that it names."""
+    target = part["_target_"]
+    if not str(target).startswith(TARGETS):
+        raise UserError(f"{key}._target_={target} is not allowed; a config builds {', '.join(TARGETS)}…")
+    try:
+        called = hydra.utils.get_object(target)
+    except Exception as error:
+        raise UserError(f"{key}._target_={target} cannot be imported: {error}") from error
+    function = called.__init__ if inspect.isclass(called) else called
+    parameters = dict(inspect.signature(function).parameters)
+    if inspect.isclass(called):
+        parameters.pop("self", None)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    given = [name for name in part if name not in ("_target_", "_convert_", "_recursive_", "_partial_")]
+    for name in given:
+        if name not in parameters:
+            hint = did_you_mean(name, parameters) or f"; it takes {', '.join(parameters)}"
+            raise UserError(f"{key}.{name} is not an argument of {target}{hint}")
+    for name, parameter in parameters.items():
+        needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        if needed and name not in given and name not in extra and not part.get("_partial_"):
+            raise UserError(f"{key}.{name} is required by {target}; add it to the config of {key}")
