@@ -1,0 +1,23 @@
+"""Initial values that published recipes share."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from smalti.layers.attention import SelfAttention
+
+
+def init_vit_(module: nn.Module, std: float = 0.02) -> None:
+    """Linear and convolution weights truncated-normal (cut at ±2, so in effect normal), their biases zero.
+
+    Query, key and value projections keep their xavier-uniform start: the published pass walks over Linear modules, and
+    in `nn.MultiheadAttention` they are a bare parameter.
+    """
+    for child in module.modules():
+        if isinstance(child, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(child.weight, std=std)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+    for child in module.modules():
+        if isinstance(child, SelfAttention):
+            nn.init.xavier_uniform_(child.qkv.weight)
