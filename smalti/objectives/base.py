@@ -16,7 +16,7 @@ class Objective(nn.Module):
     parameters of `discriminator` are the only trainable ones.
     """
 
-    discriminator: nn.Module | None = None
+    discriminator: nn.Module | None  # absent where there is none; a default here would hide the submodule
     discriminator_start: int = 0  # the step of its first turn, where its own learning-rate schedule begins
 
     @abstractmethod

@@ -1,0 +1,125 @@
+"""Lightning's Trainer as every run here uses it, and the one call that trains."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from smalti.errors import Stopped, UserError
+from smalti.training.checkpoint import VerifiedCheckpoints
+from smalti.training.tokenizer_module import TokenizerModule
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def build_trainer(
+    *,
+    max_steps: int,
+    folder: Path,
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Logger] = (),
+    precision: str = "32-true",
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str | Strategy = "auto",
+    deterministic: bool | None = None,
+) -> pl.Trainer:
+    """A Trainer whose only rhythm is the optimizer step: no epochs, validation loop, bar or checkpoints of its own.
+
+    callbacks: in the order in which they act at a step's end: what measures (Validation, Pictures), MetricsCsv,
+    Checkpointing, Signals, ProgressBar. deterministic: refuse operations that give other bits each time; by default on
+    CPUs, where it costs nothing, so that a resumed run ends with the bits of an uninterrupted one.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"trainer.precision={precision} is not supported; use one of {', '.join(PRECISIONS)}")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    _silence()
+    if strategy in ("auto", "ddp") and (devices * num_nodes > 1 or "TORCHELASTIC_RUN_ID" in os.environ):
+        # Buffers are not broadcast: quantizers reduce what they keep, and the rest is the same everywhere.
+        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    trainer = pl.Trainer(
+        max_steps=max_steps,
+        max_epochs=-1,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,  # type: ignore[arg-type]
+        logger=list(loggers) or False,
+        callbacks=list(callbacks),
+        plugins=[VerifiedCheckpoints()],
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu if deterministic is None else deterministic:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every buffer twice
+    if not on_cpu:
+        torch.set_float32_matmul_precision("high")  # TF32, as published
+    # Lightning broadcasts a flag and waits for it before every batch, in case a process got SIGTERM; Guard does that
+    # with the reduction of each step.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+def fit(
+    trainer: pl.Trainer,
+    module: TokenizerModule,
+    train_loader: Callable[[int], Iterable[Any]],
+    checkpoint: Path | None = None,
+) -> None:
+    """Train to `max_steps`, going on from `checkpoint` when there is one.
+
+    train_loader: makes the loader of the whole run, started at a micro-batch; its `len` is the whole run's. It is made
+    after the checkpoint is read: what was read decides where it starts, also when a damaged file was replaced.
+    Raises Stopped (a signal), Diverged, UserError.
+    """
+    try:
+        trainer.fit(module, datamodule=_FromStep(train_loader, module), ckpt_path=checkpoint)
+    except (Stopped, UserError):
+        if trainer.global_rank > 0 and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
+            if not trainer.strategy.cluster_environment.creates_processes_externally:
+                # Lightning started this process and would kill the first one, whose exit code counts, for a code ≠ 0.
+                sys.exit(0)
+        raise
+
+
+class _FromStep(pl.LightningDataModule):
+    def __init__(self, loader: Callable[[int], Iterable[Any]], module: TokenizerModule) -> None:
+        super().__init__()
+        self._loader, self._module = loader, module
+
+    def train_dataloader(self) -> Iterable[Any]:
+        return self._loader(self._module.step * self._module.accumulate)
+
+
+def _silence() -> None:
+    """Advice of Lightning's that does not apply: loaders, loggers and modes are what they are on purpose."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*resuming from a checkpoint that ended before the epoch ended.*",
+        ".*in eval mode at the start of training.*",
+        ".*GPU available but not used.*",
+        ".*litlogger.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
