@@ -1,4 +1,4 @@
-"""Checks of a composed config that need no data and no model: sizes, divisibility, ranges, paths.
+"""Checks of a composed config that need no data and no model: signs, ranges, divisibility, paths.
 
 Pure functions of the config and the file system; each raises a UserError that names the key, its value, why, and the
 way out. What needs data or a built model is checked by the heavy part, before the run folder is made.
@@ -6,9 +6,10 @@ way out. What needs data or a built model is checked by the heavy part, before t
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,33 @@ from omegaconf import DictConfig, OmegaConf
 
 from smalti.errors import UserError, did_you_mean
 
+SOURCES = ("titok",)  # published code bases that export.py converts
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # Rules by the last part of a key, wherever it stands. null is left to the class that takes it.
-POSITIVE = {  # whole numbers ≥ 1
-    "image_size", "num_latent_tokens", "proxy_codebook_size", "width", "depth", "heads", "patch_size", "codebook_size", "dim",
-    "channels", "max_steps", "batch_size", "every", "images", "accumulate", "num_nodes", "nan_limit", "length", "n_jobs",
+POSITIVE = {  # whole numbers ≥ 1 (each, in a list)
+    "image_size", "resize", "num_latent_tokens", "proxy_codebook_size", "codebook_size", "dim", "width", "depth",
+    "heads", "patch_size", "channels", "channel_mult", "num_res_blocks", "hidden_channels", "num_stages", "length",
+    "size", "max_steps", "batch_size", "every", "images", "pictures", "accumulate", "num_nodes", "nan_limit",
 }  # fmt: skip
 NOT_NEGATIVE = {  # numbers ≥ 0
-    "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed", "start", "start_step",
-    "commitment_cost", "reconstruction_weight", "perceptual_weight", "quantizer_weight", "adversarial_weight", "kl_weight",
-    "lecam_weight", "entropy_weight",
+    "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed", "start", "weight", "factor",
+    "reconstruction_weight", "perceptual_weight", "quantizer_weight", "commitment_weight", "entropy_weight",
+    "lpips_weight", "convnext_weight", "adaptive_weight_max",
 }  # fmt: skip
-ABOVE_ZERO = {"eps", "clip"}  # numbers > 0
+ABOVE_ZERO = {"eps", "clip", "position_std"}  # numbers > 0
 BELOW_ONE = {"betas", "decay"}  # numbers (each, in a list) in [0, 1)
-PROBABILITY = {"flip", "probability", "dropout", "label_smoothing"}  # numbers in [0, 1]
 CHOICES = {
     "resume": ("auto", "never", "must"),
-    "schedule": ("cosine", "constant", "linear"),
-    "precision": ("32", "32-true", "bf16", "bf16-mixed", "16-mixed"),
+    "schedule": ("cosine", "constant"),
+    "precision": ("32-true", "bf16-mixed"),
+    "crop": ("random", "center", "adm"),
+    "remainder": ("drop", "pad"),
+    "reconstruction": ("l1", "l2"),
+    "latent_layout": ("corrected", "legacy"),
+    "head": ("pixels", "codes", "soft_codes"),
+    "mode": ("online", "offline", "disabled"),
 }
 
 
@@ -48,8 +56,8 @@ def check_train(config: DictConfig) -> None:
     check_data(values.get("data"))
     for key in ("init_path", "teacher_path"):
         check_export(key, values.get(key))
-    check_folder("output", values["output"])
-    check_folder("run", values.get("run"))
+    for key in ("output", "run"):
+        check_folder(key, values.get(key))
 
 
 def check_evaluate(config: DictConfig) -> None:
@@ -57,6 +65,7 @@ def check_evaluate(config: DictConfig) -> None:
     values = _plain(config)
     _check_values(values)
     check_export("model_path", values["model_path"])
+    check_export("teacher_path", values.get("teacher_path"))
     if values.get("image") is not None:
         check_file("image", values["image"])
     else:
@@ -70,18 +79,14 @@ def check_export_request(config: DictConfig) -> None:
     run, source, checkpoint = values["run"], values["source"], values["checkpoint"]
     if run is None and source is None:
         raise UserError("nothing to export: give run=RUNDIR, or source=titok checkpoint=FILE")
-    if run is not None and (source is not None or checkpoint is not None):
-        raise UserError(f"run={run} and source={source} checkpoint={checkpoint} exclude each other; give one of the two")
     if run is not None:
-        if not Path(run).is_dir():
-            raise UserError(f"run={run} is not a folder{_nearest(run)}")
-        if not (Path(run) / "config.yaml").is_file():
-            raise UserError(f"run={run} is not a run folder (no config.yaml); give the folder that train.py printed")
-        if not any((Path(run) / "checkpoints").glob("*")):
-            raise UserError(f"run={run} has no checkpoint yet; train until the first one (checkpoint.every steps)")
+        for key in ("source", "checkpoint", "config"):
+            if values[key] is not None:
+                raise UserError(f"run={run} and {key}={values[key]} exclude each other; give either run=, or source=")
+        _check_run(run)
     else:
         if source not in SOURCES:
-            raise UserError(f"source={source} is unknown{did_you_mean(source, SOURCES) or ';'} possible: {', '.join(SOURCES)}")
+            raise UserError(f"source={source} is unknown{_choose(source, SOURCES)}")
         if checkpoint is None:
             raise UserError(f"source={source} needs the published file: checkpoint=FILE")
         check_file("checkpoint", checkpoint)
@@ -93,26 +98,13 @@ def check_export_request(config: DictConfig) -> None:
     check_folder("output", values["output"])
 
 
-SOURCES = ("titok",)
-
-
 def check_data(data: Any) -> None:
-    """`data.path`, when given, exists and holds an image or a shard (the first one found is enough)."""
-    if not isinstance(data, Mapping) or not data.get("path"):
-        return
-    path = str(data["path"])
-    if "://" in path or any(mark in path for mark in "*?{["):
-        return  # a pattern: the reader expands it and names what it found
-    if not Path(path).exists():
-        raise UserError(f"data.path={path} does not exist{_nearest(path)}")
-    if Path(path).is_dir():
-        if not _holds_data(path):
-            raise UserError(
-                f"data.path={path} holds no images and no .tar shards; "
-                "give a folder with one sub-folder of images a class, or with shards"
-            )
-    elif not path.endswith(".tar"):
-        raise UserError(f"data.path={path} is a file; give a .tar shard, or a folder of images or shards")
+    """`data.path` and `data.val_path`, when given, exist and hold an image or a shard (the first found is enough)."""
+    for name in ("path", "val_path"):
+        given = data.get(name) if isinstance(data, Mapping) else None
+        for path in given if isinstance(given, list) else [given]:
+            if path is not None:
+                _check_images(f"data.{name}", str(path))
 
 
 def check_export(key: str, value: Any) -> None:
@@ -169,6 +161,13 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, node
 
 
+def _sections(node: Mapping[str, Any], key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield key, node
+    for name, item in node.items():
+        if isinstance(item, Mapping):
+            yield from _sections(item, f"{key}.{name}")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -177,96 +176,99 @@ def _check_values(values: Mapping[str, Any]) -> None:
     """Signs and ranges, by the last part of each key."""
     for key, value in _leaves(values):
         name = key.rpartition(".")[2]
-        for number in value if isinstance(value, list) else [value]:
-            if name in CHOICES and value is not None and str(number) not in CHOICES[name]:
-                hint = did_you_mean(str(number), CHOICES[name]) or ";"
-                raise UserError(f"{key}={number} is unknown{hint} possible: {', '.join(CHOICES[name])}")
-            if not _is_number(number):
-                continue
-            if number != number or number in (float("inf"), float("-inf")):
-                raise UserError(f"{key}={number} is not a finite number; give one")
-            if name in POSITIVE and number < 1:
-                raise UserError(f"{key}={number} must be at least 1")
-            if name in NOT_NEGATIVE and number < 0:
-                raise UserError(f"{key}={number} must not be negative; use 0 or more")
-            if name in ABOVE_ZERO and number <= 0:
-                raise UserError(f"{key}={number} must be above 0{'; use null to switch it off' if name == 'clip' else ''}")
-            if name in BELOW_ONE and not 0 <= number < 1:
-                raise UserError(f"{key}={_list(value)} must lie in [0, 1); for example {0.9 if name == 'betas' else 0.999}")
-            if name in PROBABILITY and not 0 <= number <= 1:
-                raise UserError(f"{key}={number} is a probability; use a number from 0 to 1")
+        if name in CHOICES and value is not None and value not in CHOICES[name]:
+            raise UserError(f"{key}={_show(value)} is unknown{_choose(_show(value), CHOICES[name])}")
         if name == "betas" and (not isinstance(value, list) or len(value) != 2):
-            raise UserError(f"{key}={_list(value)} must be two numbers, such as [0.9,0.999]")
-    keep = (values.get("checkpoint") or {}).get("keep")
-    if _is_number(keep) and keep < 2:
-        raise UserError(f"checkpoint.keep={keep} must be at least 2: the one before is used when the newest is damaged")
+            raise UserError(f"{key}={_show(value)} must be two numbers, such as [0.9,0.999]")
+        for number in value if isinstance(value, list) else [value]:
+            if _is_number(number):
+                _check_number(key, name, number, _show(value))
+    if values.get("checkpoint") and values["checkpoint"]["keep"] < 2:
+        keep = values["checkpoint"]["keep"]
+        raise UserError(f"checkpoint.keep={keep} must be at least 2: a damaged newest one falls back to the one before")
+
+
+def _check_number(key: str, name: str, number: float, shown: str) -> None:
+    if not math.isfinite(number):
+        raise UserError(f"{key}={shown} is not a finite number; give one")
+    if name in POSITIVE and number < 1:
+        raise UserError(f"{key}={shown} must be at least 1")
+    if name in NOT_NEGATIVE and number < 0:
+        raise UserError(f"{key}={shown} must not be negative; use 0 or more")
+    if name in ABOVE_ZERO and number <= 0:
+        raise UserError(f"{key}={shown} must be above 0{'; null switches it off' if name == 'clip' else ''}")
+    if name in BELOW_ONE and not 0 <= number < 1:
+        raise UserError(f"{key}={shown} must lie in [0, 1), such as {'[0.9,0.999]' if name == 'betas' else '0.999'}")
 
 
 def _check_shapes(values: Mapping[str, Any]) -> None:
     """Image side by patch side, width by heads, in the tokenizer and every section of it."""
-    tokenizer = values.get("tokenizer") or {}
-    size = tokenizer.get("image_size")
-    data_size = (values.get("data") or {}).get("image_size")
-    if size and data_size and size != data_size:
-        raise UserError(f"data.image_size={data_size} but tokenizer.image_size={size}; make them equal")
+    tokenizer, data = values["tokenizer"], values["data"]
+    size, resize = tokenizer.get("image_size"), data.get("resize")
+    if size != data.get("image_size"):
+        raise UserError(
+            f"tokenizer.image_size={size} but data.image_size={data.get('image_size')}; set only the latter"
+        )
+    if _is_number(resize) and resize < size:
+        raise UserError(
+            f"data.resize={resize} is smaller than the crop, data.image_size={size}; set data.resize={size}"
+        )
     for key, part in _sections(tokenizer, "tokenizer"):
-        patch = part.get("patch_size")
-        if _is_number(patch) and _is_number(size) and size % patch:
-            raise UserError(f"tokenizer.image_size={size} is not a multiple of {key}.patch_size={patch}; use {_nearby(size, patch)}")
+        if (patch := part.get("patch_size")) and size % patch:
+            near = _nearby(size, patch)
+            raise UserError(f"data.image_size={size} is not a multiple of {key}.patch_size={patch}; use {near}")
         width, heads = part.get("width"), part.get("heads")
-        if _is_number(width) and _is_number(heads) and width % heads:
-            raise UserError(f"{key}.width={width} is not a multiple of {key}.heads={heads}; use {_nearby(width, heads)}")
+        if width and heads and width % heads:
+            near = _nearby(width, heads)
+            raise UserError(f"{key}.width={width} is not a multiple of {key}.heads={heads}; use {near}")
+    levels = tokenizer.get("channel_mult")
+    if levels and size % (side := 2 ** (len(levels) - 1)):
+        near = _nearby(size, side)
+        raise UserError(
+            f"data.image_size={size} is not a multiple of {side} (tokenizer.channel_mult halves); use {near}"
+        )
 
 
 def _check_batch(values: Mapping[str, Any]) -> None:
     """The global batch is cut evenly over processes and accumulated micro-batches."""
-    batch = (values.get("data") or {}).get("batch_size")
-    trainer = values.get("trainer") or {}
-    devices = trainer.get("devices", 1)
-    if isinstance(devices, list):
-        devices = len(devices)
-    if not _is_number(devices) or devices < 0:
-        if devices not in ("auto", -1, "-1") and not _is_number(devices):
-            raise UserError(f"trainer.devices={devices} is unknown; use a number, or auto")
+    batch, trainer = values["data"]["batch_size"], values["trainer"]
+    devices, nodes, accumulate = trainer["devices"], trainer["num_nodes"], trainer["accumulate"]
+    if devices == "auto":
         return  # counted by the heavy part
-    if devices == 0:
-        raise UserError("trainer.devices=0 must be at least 1")
-    parts = devices * (trainer.get("num_nodes") or 1) * (trainer.get("accumulate") or 1)
-    if _is_number(batch) and batch % parts:
+    if not isinstance(devices, int) or devices < 1:
+        raise UserError(f"trainer.devices={_show(devices)} must be a number of processes from 1, or auto")
+    parts = devices * nodes * accumulate
+    if batch % parts:
         raise UserError(
-            f"data.batch_size={batch} is not divisible by {devices} devices × {trainer.get('num_nodes') or 1} nodes "
-            f"× accumulate {trainer.get('accumulate') or 1} = {parts}; use {_nearby(batch, parts)}"
+            f"data.batch_size={batch} is not divisible by {parts} = trainer.devices {devices} × num_nodes {nodes} × "
+            f"accumulate {accumulate}; use {_nearby(batch, parts)}"
         )
 
 
-def _sections(node: Mapping[str, Any], key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    yield key, node
-    for name, item in node.items():
-        if isinstance(item, Mapping):
-            yield from _sections(item, f"{key}.{name}")
+def _check_run(run: str) -> None:
+    """A run folder with something to export."""
+    if not Path(run).is_dir():
+        raise UserError(f"run={run} is not a folder{_nearest(run)}")
+    if not (Path(run) / "config.yaml").is_file():
+        raise UserError(f"run={run} is not a run folder (no config.yaml); give the folder that train.py printed")
+    if not any((Path(run) / "checkpoints").glob("*")):
+        raise UserError(f"run={run} has no checkpoint yet; train until the first one (checkpoint.every steps)")
 
 
-def _nearby(value: int, step: int) -> str:
-    """The multiples of `step` on both sides of `value`."""
-    below = value // step * step
-    return f"{below} or {below + step}" if below else f"{step}"
-
-
-def _list(value: Any) -> str:
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
-
-
-def _nearest(path: str) -> str:
-    """A similar name in the same folder, when there is one; else which part of the path is missing."""
-    missing = Path(path)
-    while not missing.parent.exists():
-        missing = missing.parent
-    try:
-        names = os.listdir(missing.parent)
-    except OSError:
-        return f"; {missing.parent} cannot be read"
-    hint = did_you_mean(missing.name, names)
-    return hint or ("" if missing == Path(path) else f" ({missing.parent or '.'} has no {missing.name})") + "; check the path"
+def _check_images(key: str, path: str) -> None:
+    """A folder with an image or a shard in it, or a .tar file. Patterns are left to the reader, which expands them."""
+    if "://" in path or any(mark in path for mark in "*?{["):
+        return
+    if not Path(path).exists():
+        raise UserError(f"{key}={path} does not exist{_nearest(path)}")
+    if Path(path).is_dir():
+        if not _holds_data(path):
+            raise UserError(
+                f"{key}={path} holds no images and no .tar shards; "
+                "give a folder with one sub-folder of images a class, or with shards"
+            )
+    elif not path.endswith(".tar"):
+        raise UserError(f"{key}={path} is a file; give a .tar shard, or a folder of images or shards")
 
 
 def _holds_data(path: str) -> bool:
@@ -276,3 +278,32 @@ def _holds_data(path: str) -> bool:
         if any(os.path.splitext(name)[1].lower() in IMAGES | {".tar"} for name in files):
             return True
     return False
+
+
+def _nearby(value: int, step: int) -> str:
+    """The multiples of `step` on both sides of `value`."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else f"{step}"
+
+
+def _show(value: Any) -> str:
+    """A value as it would be typed."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_show, value))}]"
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _choose(value: str, possible: Iterable[str]) -> str:
+    """The nearest of what is possible, and all of it."""
+    possible = list(possible)
+    return f"{did_you_mean(value, possible).rstrip('?')}; possible: {', '.join(possible)}"
+
+
+def _nearest(path: str) -> str:
+    """A similar name in the same folder, when there is one; else which part of the path is missing."""
+    missing = Path(path)
+    while not missing.parent.exists():
+        missing = missing.parent
+    hint = did_you_mean(missing.name, os.listdir(missing.parent) if os.access(missing.parent, os.R_OK) else [])
+    which = "" if missing == Path(path) else f" ({missing.parent} has no {missing.name})"
+    return hint or f"{which}; check the path"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import NoReturn
 
+from omegaconf import DictConfig, OmegaConf
+
 import smalti
 from smalti.errors import UserError, did_you_mean, run_command
 
@@ -19,7 +21,7 @@ COMMANDS = {
     "evaluate": "measure an exported tokenizer on images, or reconstruct one photo",
     "export": "write a run of ours or a published checkpoint as a folder that smalti.load reads",
 }
-_FLAGS = ("--help", "--multirun", "--cfg", "--resolve", "--config-dir", "--version")
+_FLAGS = ("--help", "--multirun", "--cfg", "--config-dir", "--version")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class Line:
     help: bool = False
     multirun: bool = False
     print_config: bool = False
-    resolve: bool = False
     config_dir: str | None = None
 
 
@@ -46,8 +47,6 @@ def read(argv: Sequence[str] | None) -> Line:
             found["help"] = True
         elif flag in ("-m", "--multirun"):
             found["multirun"] = True
-        elif flag == "--resolve":
-            found["resolve"] = True
         elif flag in ("-c", "--cfg"):
             value = value if equals else (words.pop(0) if words else "")
             if value != "job":
@@ -64,6 +63,17 @@ def read(argv: Sequence[str] | None) -> Line:
     return Line(overrides=tuple(overrides), **found)  # type: ignore[arg-type]
 
 
+def print_config(config: DictConfig) -> None:
+    """`--cfg job`: the composed config as YAML."""
+    print(OmegaConf.to_yaml(config), end="")
+
+
+def no_sweep(command: str, line: Line) -> None:
+    """Refuse `-m` where there is nothing to sweep."""
+    if line.multirun:
+        raise UserError(f"-m: only `train` sweeps; run `{command}` once for each value")
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command that the first word names."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -73,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _dispatch(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        print("smalti: visual tokenizers.\n\nUse: smalti COMMAND [key=value …]; smalti COMMAND --help says what it takes.\n")
+        print("smalti: visual tokenizers.\n\nUse: smalti COMMAND [key=value …]; smalti COMMAND --help explains each.\n")
         print("\n".join(f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()))
     elif words[0] == "--version":
         print(f"smalti {smalti.__version__}")

@@ -26,29 +26,50 @@ import smalti.configs
 from smalti.errors import UserError, did_you_mean
 
 FOLDER = Path(smalti.configs.__file__).resolve().parent
-HIDDEN_GROUPS = ("overlay",)  # picked by the primary config itself, from scale and tokenizer
-TARGETS = ("smalti.", "torch.optim.", "torchvision.models.", "torchmetrics.", "timm.")
-PATHS = ("output", "run", "init_path", "teacher_path", "model_path", "data.path", "checkpoint", "config", "image")
+HYDRA_KEYS = ("hydra.launcher.", "hydra.sweeper.")
+HIDDEN_GROUPS = "overlay/"  # picked by the primary config itself, from the scale and the other choices
+TARGETS = ("smalti.", "torch.nn.", "torch.optim.", "torchvision.models.", "timm.models.")
+PATHS = (
+    "output", "run", "init_path", "teacher_path", "model_path", "checkpoint", "config", "image", "data.path",
+    "data.val_path", "data.cache", "lpips_weights", "inception_weights",
+)  # fmt: skip
 
-# What a key holds whose value in the configs is null: null says nothing about the type of what replaces it.
-TYPES_OF_NULL: dict[str, type | tuple[type, ...]] = {
-    **{path: str for path in PATHS},
-    "source": str,
-    "optimizer.clip": float,
-    "validation.images": int,
-    "images": int,
+# What a key holds whose value in the configs is null (null says nothing about the type of what replaces it). These may
+# also become null again; so may optional parts (sections with a `_target_`).
+OPTIONAL: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(PATHS, (str,)),
+    "data.path": (str, list),
+    "data.val_path": (str, list),
+    "data.resize": (int,),
+    "trainer.devices": (int, str),
+    "source": (str,),
+    "images": (int,),
+    "validation.images": (int,),
+    "optimizer.clip": (float,),
+    "logger.wandb": (dict,),
+    "tokenizer.position_std": (float,),
+    "objective.logvar_init": (float,),
+    "objective.adversarial": (dict,),
+    "objective.adversarial.lecam": (dict,),
+    "objective.adversarial.adaptive_weight_max": (float,),
 }
-# Keys that hold a value and may be switched off by null; arguments of a `_target_` are left to its constructor.
-MAY_BECOME_NULL = re.compile(r"\.(path|clip|images|classes|nan_limit|logvar_init|steps)$")
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a section"}
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a section",
+}
 
 
 @dataclass(frozen=True)
 class Composed:
     """A resolved config, the options that were chosen for its groups, and what the command line really changed.
 
-    choices: group → option. changes: key → value as it names a run folder, without the overrides that repeat the default.
+    choices: group → option. changes: key → value, as it names a run folder: overrides that repeat the default are left
+    out.
     """
 
     config: DictConfig
@@ -68,24 +89,33 @@ def compose(command: str, overrides: Sequence[str], config_dir: str | None = Non
                 f"{override.input_line} has several values: add -m for a sweep, or quote a text with commas: "
                 f"{override.key_or_group}=\"'a,b'\""
             )
-    groups = [override for override in parsed if is_group(override.key_or_group, config_dir)]
-    values = [override for override in parsed if override not in groups and not override.is_hydra_override()]
     launch = [override for override in parsed if override.is_hydra_override()]
+    own = [override for override in parsed if not override.is_hydra_override()]
+    groups = [override for override in own if is_group(override.key_or_group, config_dir)]
+    values = [override for override in own if override not in groups]
     search = search_path(config_dir)
     with session():
-        _, default_choices = _hydra(command, search)
-        before, choices = _hydra(command, search + _lines(groups + launch))
+        recipe = [override for override in groups if override.key_or_group in ("experiment", "scale")]
+        _, of_recipe = _hydra(command, search + _lines(recipe))
+        chosen = search + _lines(groups + launch)
+        before, choices = _hydra(command, chosen)
+        if parts := _switched_on(before, groups, config_dir):
+            chosen += parts
+            before, _ = _hydra(command, chosen)
         for override in values:
             _check_key(before, override)
-        config, _ = _hydra(command, search + _lines(groups + launch + values))
+        config, _ = _hydra(command, chosen + _lines(values))
+    _interpolate(config)
     for override in values:
-        _check_type(override.key_or_group, _select(before, override.key_or_group), _select(config, override.key_or_group))
+        _check_type(
+            override.key_or_group, _select(before, override.key_or_group), _select(config, override.key_or_group)
+        )
     _expand_paths(config)
     _check_targets(config)
+    typed = [override.key_or_group for override in groups]
     changes: dict[str, Any] = {
-        group: choice for group, choice in choices.items() if choice != default_choices.get(group) and "/" not in group
+        group: choices.get(group) for group in typed if choices.get(group) != of_recipe.get(group)
     }
-    changes |= {group: choice for group, choice in choices.items() if "/" in group and default_choices.get(group) != choice}
     for override in values:
         key, value = override.key_or_group, _select(config, override.key_or_group)
         if value != _select(before, key):
@@ -113,11 +143,15 @@ def parse(command: str, overrides: Sequence[str], config_dir: str | None = None)
                 f"{text} cannot be read ({reason}); quote a value with special characters: '{key}=\"{value}\"'"
             ) from error
         if override.is_delete():
-            raise UserError(f"{text}: keys cannot be removed; use {override.key_or_group}=null where a part is optional")
+            raise UserError(
+                f"{text}: keys cannot be removed; use {override.key_or_group}=null where a part is optional"
+            )
         if not override.is_sweep_override() and override.value() == "":
             raise UserError(f"{text} has no value; write {override.key_or_group}=null for none")
         if is_group(override.key_or_group, config_dir):
             _check_option(command, override, config_dir)
+        elif override.is_hydra_override() and not override.key_or_group.startswith(HYDRA_KEYS):
+            raise UserError(f"{text}: of Hydra's own keys only {'* and '.join(HYDRA_KEYS)}* can be set here")
         parsed.pop(override.key_or_group, None)
         parsed[override.key_or_group] = override
     return _rewrite_stage(parsed, config_dir) if command == "train" else list(parsed.values())
@@ -146,7 +180,7 @@ def groups_of(command: str) -> list[str]:
     """The groups in a command's defaults list, in its order."""
     defaults = OmegaConf.load(FOLDER / f"{command}.yaml").get("defaults", [])
     names = [str(next(iter(entry))) for entry in defaults if isinstance(entry, (dict, DictConfig))]
-    return [name for name in names if name.split()[-1] not in HIDDEN_GROUPS and not name.startswith("override ")]
+    return [name for name in names if " " not in name]
 
 
 def instantiate(node: Any, key: str, **extra: Any) -> Any:
@@ -192,7 +226,7 @@ def _hydra(command: str, lines: list[str]) -> tuple[DictConfig, dict[str, str]]:
         }
         with open_dict(config):
             del config["hydra"]
-        return config, {group: option for group, option in choices.items() if group not in HIDDEN_GROUPS}
+        return config, {group: option for group, option in choices.items() if not group.startswith(HIDDEN_GROUPS)}
     except (HydraException, OmegaConfBaseException) as error:
         text = str(error)
         if missing := re.search(r"hydra/(launcher|sweeper)/(\w+)", text):
@@ -213,13 +247,35 @@ def _resolved(config: DictConfig, choices: Mapping[str, str]) -> DictConfig:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]} is required: give {missing[0]}=…; `--help` says what it is")
-    try:
-        resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    resolved = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
     assert isinstance(resolved, DictConfig)
     OmegaConf.set_struct(resolved, True)
     return resolved
+
+
+def _switched_on(config: DictConfig, groups: Sequence[Override], config_dir: str | None) -> list[str]:
+    """The command line wins over all: the option it names for a part that a scale sets to null, as overrides."""
+    lines = []
+    for override in groups:
+        key, name = override.key_or_group.replace("/", "."), override.value()
+        if "." not in key or name is None or OmegaConf.select(config, key) is not None:
+            continue
+        file = next(
+            path
+            for folder in _folders(config_dir)
+            if (path := folder / key.replace(".", "/") / f"{name}.yaml").is_file()
+        )
+        part = OmegaConf.to_container(OmegaConf.load(file))
+        lines.append(f"{key}={Override._get_value_element_as_str(part)}")
+    return lines
+
+
+def _interpolate(config: DictConfig) -> None:
+    """Refuse a ${…} that leads nowhere."""
+    try:
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def _check_form(command: str, text: str) -> None:
@@ -229,10 +285,11 @@ def _check_form(command: str, text: str) -> None:
         raise UserError(f"'{text}' is not key=value; write it without spaces around '='")
     if equals or text.startswith("~"):
         return
-    for group in groups_of(command):
+    for group in sorted(groups_of(command), key=lambda name: name != "experiment"):
         if text in options(group):
             raise UserError(f"'{text}' is not key=value; did you mean {group}={text}?")
-    raise UserError(f"'{text}' is not key=value; for example {'experiment=titok' if command == 'train' else 'output=DIR'}")
+    example = {"train": "experiment=titok", "evaluate": "model_path=DIR"}.get(command, "output=DIR")
+    raise UserError(f"'{text}' is not key=value (without spaces around '='), such as {example}")
 
 
 def _check_option(command: str, override: Override, config_dir: str | None) -> None:
@@ -255,7 +312,9 @@ def _check_option(command: str, override: Override, config_dir: str | None) -> N
             continue
         if str(name) not in possible:
             hint = did_you_mean(str(name), possible)
-            raise UserError(f"{group}={'null' if name is None else name} is unknown{hint or ';'} possible: {', '.join(possible)}")
+            raise UserError(
+                f"{group}={'null' if name is None else name} is unknown{hint or ';'} possible: {', '.join(possible)}"
+            )
 
 
 def _rewrite_stage(parsed: dict[str, Override], config_dir: str | None) -> list[Override]:
@@ -264,7 +323,9 @@ def _rewrite_stage(parsed: dict[str, Override], config_dir: str | None) -> list[
     if stage is None:
         return list(parsed.values())
     if stage.is_sweep_override():
-        raise UserError(f"{stage.input_line}: stages follow each other (stage 2 starts from stage 1's export); run them in turn")
+        raise UserError(
+            f"{stage.input_line}: stages follow each other (stage 2 starts from stage 1's export); run them in turn"
+        )
     if stage.value() not in (1, 2):
         raise UserError(f"{stage.input_line} is not a stage; use stage=1 or stage=2")
     experiment = parsed.get("experiment")
@@ -272,7 +333,9 @@ def _rewrite_stage(parsed: dict[str, Override], config_dir: str | None) -> list[
     if stage.value() == 1:
         late = [name for name in names if name.endswith("_stage2")]
         if late:
-            raise UserError(f"experiment={late[0]} is stage 2; use experiment={late[0].removesuffix('_stage2')} for stage 1")
+            raise UserError(
+                f"experiment={late[0]} is stage 2; use experiment={late[0].removesuffix('_stage2')} for stage 1"
+            )
         return list(parsed.values())
     known = options("experiment", config_dir)
     rewritten = [name if name.endswith("_stage2") else f"{name}_stage2" for name in names]
@@ -288,7 +351,9 @@ def _names(override: Override | None, default: str) -> list[str]:
     """The option names of a group override, one or (in a sweep) several."""
     if override is None:
         return [default]
-    return [str(name) for name in override.sweep_iterator()] if override.is_sweep_override() else [str(override.value())]
+    return (
+        [str(name) for name in override.sweep_iterator()] if override.is_sweep_override() else [str(override.value())]
+    )
 
 
 def _select(config: DictConfig, key: str) -> Any:
@@ -344,7 +409,7 @@ def _suggest(config: DictConfig, key: str, parent: str) -> str:
     same = [other for other in every if other.rpartition(".")[2] == last]
     if same:
         return f"; did you mean '{min(same, key=len)}'?"
-    hint = did_you_mean(key, every)
+    hint = did_you_mean(key, [other for other in every if not key.startswith(f"{other}.")])
     if hint:
         return hint
     inside = ", ".join(other.rpartition(".")[2] for other in siblings if not other.endswith("_target_"))
@@ -352,40 +417,36 @@ def _suggest(config: DictConfig, key: str, parent: str) -> str:
 
 
 def _check_type(key: str, old: Any, new: Any) -> None:
-    """A value keeps its type: a whole number passes as a number, null is replaced by anything TYPES_OF_NULL allows."""
-    if old == "???":
-        old = None
-    if old is None:
-        wanted = TYPES_OF_NULL.get(key)
-        if wanted is None or new is None:
+    """A value keeps its type: a whole number passes as a number; null is replaced by what OPTIONAL names for it."""
+    old = None if old == "???" else old
+    if new is None:
+        if old is None or key in OPTIONAL or (isinstance(old, dict) and "_target_" in old):
             return
-        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
-    elif new is None:
-        if isinstance(old, (dict, list)) or MAY_BECOME_NULL.search("." + key) or key in TYPES_OF_NULL:
-            return
-        raise UserError(f"{key}=null: it needs {_NAMES[type(old)]} (its value is {_show(old)})")
-    elif isinstance(old, dict) and isinstance(new, dict):
+        raise UserError(f"{key}=null, but it needs {_NAMES[type(old)]}{_such_as(old)}")
+    if isinstance(new, str) and is_group(key.replace(".", "/")):
+        raise UserError(f"{key} is picked as a group: write {key.replace('.', '/')}={_show(new)}")
+    if isinstance(old, dict) and isinstance(new, dict):
         for name in new:
-            if name in old:
-                _check_type(f"{key}.{name}", old[name], new[name])
-        return
+            _check_type(f"{key}.{name}", old.get(name), new[name])
     elif isinstance(old, list) and isinstance(new, list):
-        if old and len({type(item) for item in old}) == 1:
+        if len({type(item) for item in old}) == 1:
             for index, item in enumerate(new):
                 _check_type(f"{key}[{index}]", old[0], item)
-        return
+    elif isinstance(old, dict):
+        has = ", ".join(str(name) for name in old if name != "_target_")
+        raise UserError(f"{key}={_show(new)}, but {key} is a section; set one of its keys: {has}")
     else:
-        kinds = (type(old),)
-    if any(type(new) is kind or (kind is float and type(new) is int) for kind in kinds):
-        return
-    if isinstance(new, str) and new.startswith("${"):
-        return
-    wanted_name = " or ".join(_NAMES[kind] for kind in kinds)
-    instead = f" (such as {_show(old)})" if old is not None and not isinstance(old, dict) else ""
-    if kinds == (dict,):
-        raise UserError(f"{key}={_show(new)}: {key} is a section; override one of its keys: {', '.join(map(str, old))}")
-    quote = f"; for text write {key}=\"'{_show(new)}'\"" if kinds == (str,) and not isinstance(new, (dict, list)) else ""
-    raise UserError(f"{key}={_show(new)} is {_NAMES[type(new)]}, but it needs {wanted_name}{instead}{quote}")
+        kinds = OPTIONAL.get(key, () if old is None else (type(old),))
+        number = type(new) is int and float in kinds
+        if not kinds or type(new) in kinds or number or (isinstance(new, str) and "${" in new):
+            return
+        quoted = f"; for text write {key}=\"'{_show(new)}'\"" if str in kinds and not isinstance(new, dict) else ""
+        needs = " or ".join(_NAMES[kind] for kind in kinds)
+        raise UserError(f"{key}={_show(new)} is {_NAMES[type(new)]}, but it needs {needs}{_such_as(old)}{quoted}")
+
+
+def _such_as(value: Any) -> str:
+    return "" if value is None or isinstance(value, dict) else f", such as {_show(value)}"
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Run folders: which folder a command line means, whether it goes on there, and what is written when it starts and ends.
+"""Run folders: which folder a command line means, whether it goes on there, what is written at its start and end.
 
     <output>/<experiment>/<scale and the overrides in words>/
         config.yaml  environment.txt  metrics.csv  images/  checkpoints/  export/  finished.json
@@ -22,12 +22,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from smalti.config import Composed
 from smalti.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Keys (and all below them) that name no run: they say where and how it is computed, not what comes out.
 NOT_IN_NAME = (
@@ -36,6 +41,9 @@ NOT_IN_NAME = (
 )  # fmt: skip
 LONGEST_NAME = 96
 _INHERITED = "SMALTI_RUN"  # the folder that the first process chose, for those that Lightning starts after it
+
+
+_locks: dict[Path, IO[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Run:
 
 def words(changes: Mapping[str, Any], scale: str | None = None) -> str:
     """Changes of a config as the name of a folder: `tiny_lr-0.0003_max_steps-500`, hashed when it is long or lossy."""
-    kept = {key: value for key, value in sorted(changes.items()) if key != "scale" and not _unnamed(key)}
+    kept = {key: value for key, value in sorted(changes.items()) if key != "scale" and not unnamed(key)}
     short = [key.rpartition(".")[2] for key in kept]
     parts = [scale] if scale else []
     exact = True
@@ -80,14 +88,14 @@ def plan(composed: Composed) -> Run:
     auto: go on with what is there, or start. must: refuse to start. never: a new folder beside an existing one.
     """
     config = composed.config
-    inherited = os.environ.get(_INHERITED) if _rank() > 0 else None
+    inherited = os.environ.get(_INHERITED) if rank() > 0 else None
     folder = Path(inherited) if inherited else folder_of(composed)
     if config.resume == "never" and not inherited:
-        if "RANK" in os.environ:
+        if processes() > 1:
             raise UserError("resume=never in several processes: each would choose a folder; name a new one, run=DIR")
         folder = _beside(folder)
     config.run = str(folder)
-    if _rank() > 0:  # the first process checks and writes; here its files may be half there
+    if rank() > 0:  # the first process checks and writes; here its files may be half there
         done = (folder / "finished.json").is_file()
         results = json.loads((folder / "finished.json").read_text()) if done else {}
         finished = done and results.get("step", 0) >= config.trainer.max_steps
@@ -114,13 +122,17 @@ def state_of(folder: Path) -> str:
 
 
 def create(config: DictConfig) -> Path:
-    """Make the run folder `config.run` and write config.yaml and environment.txt; for one process, after all checks."""
+    """Make the run folder `config.run` and write config.yaml and environment.txt; for one process, after all checks.
+
+    Until this process ends or calls `finish`, no other one can train in the folder.
+    """
     folder = Path(config.run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        file = _lock(folder)
         _write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        with open(folder / "environment.txt", "a") as file:
-            file.write(environment())
+        file.write(environment())
+        file.flush()
     except OSError as error:
         raise UserError(f"run={folder} cannot be written: {error.strerror}; choose another output=DIR") from error
     (folder / "finished.json").unlink(missing_ok=True)
@@ -130,15 +142,18 @@ def create(config: DictConfig) -> Path:
 
 def finish(config: DictConfig, metrics: Mapping[str, Any]) -> None:
     """Mark a run as finished, with its last step and metrics."""
-    results = {"step": int(config.trainer.max_steps), "metrics": {key: _number(value) for key, value in metrics.items()}}
+    results = {"step": int(config.trainer.max_steps), "metrics": {key: number(value) for key, value in metrics.items()}}
     _write(Path(config.run) / "finished.json", json.dumps(results, indent=2) + "\n")
+    if held := _locks.pop(Path(config.run).resolve(), None):
+        held.close()
 
 
 def finished_message(run: Run, command: str) -> str:
     """What a command says that finds its run finished."""
     step = int(run.results.get("step", 0))
     return (
-        f"{run.folder} is finished ({step} steps). To train it on: {command} run={run.folder} trainer.max_steps={2 * step}; "
+        f"{run.folder} is finished ({step} steps). To train it on: "
+        f"{command} run={run.folder} trainer.max_steps={2 * step}; "
         f"to start a new run from its weights: init_path={run.folder}/export; to start over beside it: resume=never"
     )
 
@@ -156,7 +171,9 @@ def environment() -> str:
         torch = sys.modules["torch"]
         devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         lines.append(f"cuda {torch.version.cuda}, devices {devices}")
-    packages = sorted({f"{found.metadata['Name']}=={found.version}" for found in metadata.distributions()}, key=str.lower)
+    packages = sorted(
+        {f"{found.metadata['Name']}=={found.version}" for found in metadata.distributions()}, key=str.lower
+    )
     return "\n".join([*lines, *packages, "", ""])
 
 
@@ -168,18 +185,26 @@ def _commit() -> str:
     try:
         git = ["git", "-C", str(root)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return commit.stdout.strip() + (" with local changes" if changed.stdout.strip() else "")
 
 
-def _rank() -> int:
+def rank() -> int:
     """This process's place among those of the run, as torchrun, SLURM or Lightning say it; 0 when alone."""
     return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
 
 
-def _unnamed(key: str) -> bool:
+def processes() -> int:
+    """How many processes a launcher (torchrun, SLURM) started for this run; 1 when none did."""
+    return int(next((os.environ[name] for name in ("WORLD_SIZE", "SLURM_NTASKS") if name in os.environ), 1))
+
+
+def unnamed(key: str) -> bool:
+    """Whether a key is left out of the names of run folders."""
     return any(key == name or key.startswith(f"{name}.") for name in NOT_IN_NAME)
 
 
@@ -203,7 +228,7 @@ def _beside(folder: Path) -> Path:
 
 
 def _check_same(folder: Path, config: DictConfig, *, finished: bool) -> None:
-    """The run in the folder has this config: only keys that name no run, and more steps of a finished one, may differ."""
+    """The run in the folder has this config; keys that name no run, and more steps of a finished one, may differ."""
     try:
         old = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     except Exception as error:
@@ -211,7 +236,7 @@ def _check_same(folder: Path, config: DictConfig, *, finished: bool) -> None:
     new = OmegaConf.to_container(config, resolve=True)
     before, now = dict(_flat(old)), dict(_flat(new))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or _unnamed(key):
+        if before.get(key) == now.get(key) or unnamed(key):
             continue
         if key == "trainer.max_steps" and finished:
             continue
@@ -221,13 +246,32 @@ def _check_same(folder: Path, config: DictConfig, *, finished: bool) -> None:
         )
 
 
+def _lock(folder: Path) -> IO[str]:
+    """environment.txt, opened and held: a POSIX record lock ends with the process, and data workers do not keep it."""
+    if folder.resolve() in _locks:
+        return _locks[folder.resolve()]
+    file = open(folder / "environment.txt", "a")  # noqa: SIM115, held open
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise UserError(
+            f"run={folder} is in use: another process trains there; wait for it, or use resume=never"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    _locks[folder.resolve()] = file
+    return file
+
+
 def _flat(node: Any, key: str = "") -> list[tuple[str, Any]]:
     if isinstance(node, Mapping):
         return [leaf for name, item in node.items() for leaf in _flat(item, f"{key}.{name}" if key else str(name))]
     return [(key, node)]
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """A metric as JSON: 0-d tensors become numbers."""
     return value.item() if hasattr(value, "item") else value
 

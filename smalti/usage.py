@@ -18,7 +18,7 @@ EXAMPLES = {
     "train": {
         "python train.py": "a tiny TiTok on embedded images, minutes on two CPU cores",
         "python train.py data.path=~/photos": "the same on your own folder of images (one sub-folder a class)",
-        "python train.py experiment=titok_s128 scale=paper data=imagenet data.path=DIR": "a published recipe",
+        "python train.py experiment=titok_s128 scale=paper data.path=DIR": "a published recipe",
         "python train.py experiment=titok_s128 stage=2 init_path=RUN/export": "its second stage",
         "python train.py -m experiment=titok optimizer.lr=1e-4,3e-4": "a sweep: a run for each value, then a table",
         "python train.py --cfg job": "print the composed config",
@@ -36,7 +36,7 @@ EXAMPLES = {
 FLAGS = {
     "-h, --help": "this text",
     "-m, --multirun": "a sweep over all keys with several values (a=1,2)",
-    "-c, --cfg job": "print the composed config and stop; --resolve replaces ${…}",
+    "-c, --cfg job": "print the composed config and stop",
     "--config-dir DIR": "a folder of your own configs beside those of smalti (DIR/experiment/mine.yaml, …)",
 }
 
@@ -44,7 +44,11 @@ FLAGS = {
 def text(command: str) -> str:
     """What `--help` of a command prints."""
     width = min(shutil.get_terminal_size().columns, 120)
-    parts = [f"{command}: {COMMANDS[command]}.", "", f"Use: python {command}.py [key=value …]  (installed: smalti {command} …)"]
+    parts = [
+        f"{command}: {COMMANDS[command]}.",
+        "",
+        f"Use: python {command}.py [key=value …]  (installed: smalti {command} …)",
+    ]
     groups = groups_of(command)
     if groups:
         parts += ["", "Groups (group=option picks a file of configs/; * is the default)"]
@@ -82,7 +86,7 @@ def describe(file: Path) -> str:
             break
         if said:
             lines.append(said)
-    return re.split(r"(?<=[.;])\s", " ".join(lines) + " ", maxsplit=1)[0].strip().rstrip(".;:")
+    return re.split(r"(?<=[.;])\s+(?=[A-Z])", " ".join(lines), maxsplit=1)[0].strip().rstrip(".;:")
 
 
 def keys(file: Path) -> dict[str, str]:

@@ -1,0 +1,86 @@
+"""`python train.py experiment=titok …` (installed: `smalti train …`): compose, check, then train.
+
+Nothing heavy is imported before the config is composed and checked, and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from smalti import runs, usage
+from smalti.checks import check_train
+from smalti.commands import Line, print_config, read
+from smalti.config import Composed, compose
+from smalti.errors import UserError, run_command
+
+# Overrides that a run hands on to the one that it needs first (its teacher, its stage 1).
+HANDED_ON = ("data", "trainer", "validation", "checkpoint", "logger", "seed", "output", "scale", "teacher_path")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command: `argv` is what follows its name, by default this process's arguments."""
+    run_command(lambda: _command(read(argv)))
+
+
+def _command(line: Line) -> None:
+    if line.help:
+        print(usage.text("train"))
+    elif line.multirun:
+        from smalti.sweep import sweep
+
+        sweep(line)
+    elif line.print_config:
+        print_config(compose("train", line.overrides, line.config_dir).config)
+    else:
+        train_once(line.overrides, line.config_dir)
+
+
+def train_once(overrides: Sequence[str], config_dir: str | None = None) -> tuple[str, Mapping[str, Any]]:
+    """One run, from its overrides to its folder and final metrics; a finished run says so and gives those it has."""
+    composed = compose("train", overrides, config_dir)
+    check_train(composed.config)
+    first = needed_first(composed, overrides, config_dir)
+    run = runs.plan(composed)
+    if run.state == "finished":
+        if runs.rank() == 0:
+            print(runs.finished_message(run, f"python train.py experiment={composed.config.experiment}"))
+        return str(run.folder), run.results["metrics"]
+    scale = composed.choices.get("scale")
+    if runs.rank() == 0:
+        hint = "" if scale == "paper" else "; scale=paper is the published recipe"
+        print(f"scale={scale}{hint}. Run folder: {run.folder} ({run.state})", flush=True)
+    for key, needed in first.items():
+        print(
+            f"{key} is not given: experiment={needed[0]} is trained first (give {key}=DIR to use an export)", flush=True
+        )
+        train_once(needed, config_dir)
+    from smalti.training.run import train
+
+    metrics = train(composed.config)
+    if runs.rank() == 0:
+        runs.finish(composed.config, metrics)
+    return str(run.folder), metrics
+
+
+def needed_first(composed: Composed, overrides: Sequence[str], config_dir: str | None) -> dict[str, list[str]]:
+    """The overrides of runs that must come first, by the key that takes their export; sets these keys.
+
+    An experiment says so by `requires: {teacher_path: {experiment: maskgit_vqgan}}`. Only the tiny scale trains them by
+    itself: elsewhere that is hours, and the user's decision.
+    """
+    config = composed.config
+    first: dict[str, list[str]] = {}
+    for key, needed in (config.get("requires") or {}).items():
+        if config.get(key) is not None:
+            continue
+        scale, name = composed.choices.get("scale"), needed["experiment"]
+        if scale != "tiny" or config.trainer.devices not in (1, "1", "auto") or runs.processes() > 1:
+            raise UserError(
+                f"{key} is required: an export of experiment={name}; make one with `python train.py experiment={name} "
+                f"scale={scale}` or convert a published one with `export.py source=…`, then give {key}=DIR"
+            )
+        handed = [text for text in overrides if text.lstrip("+").partition("=")[0].partition(".")[0] in HANDED_ON]
+        first[key] = [f"experiment={name}", *handed]
+        config[key] = str(runs.folder_of(compose("train", first[key], config_dir)) / "export")
+    return first
