@@ -1,0 +1,376 @@
+"""The data of a run: which images, cut how, in which batches. A plain torch DataLoader over a map-style dataset.
+
+The position of a run is the number of micro-batches it has consumed, and nothing else: `train_loader(start)` goes on
+from any of them at once, with the same pixels, whatever the number of workers. See docs/data.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from smalti.data import augment, shapes
+from smalti.data.decode import decode_image
+from smalti.data.folder import FolderSource, class_folders
+from smalti.data.order import Batch, BatchSampler, Order, Remainder, split_evenly
+from smalti.data.shards import ShardSource, find_shards
+from smalti.data.source import Source, cache_folder
+from smalti.errors import UserError, did_you_mean
+
+Crop = Literal["random", "center", "adm"]
+_VALIDATION, _TEST = ("val", "validation"), ("test",)
+
+
+class BadSample(UserError):
+    """A sample that cannot be decoded; one line also after torch has wrapped it in a worker's traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition("BadSample: ")[2].strip())
+
+
+class Split:
+    """Some samples of a source: `samples` (n,) their sorted numbers, `sizes` how many lie in each shard."""
+
+    def __init__(self, source: Source, samples: np.ndarray | None = None) -> None:
+        self.source = source
+        self.samples = np.arange(len(source)) if samples is None else samples
+        self.sizes = np.diff(np.searchsorted(self.samples, np.cumsum([0, *source.sizes])))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+class Images(Dataset[dict[str, Any]]):
+    """Batches of a split as the training loop wants them; `images[n]` is sample n alone, as a batch of one.
+
+    A batch: image (b, 3, h, w) uint8, label (b,) int64 (-1: none), key list of b strings, and caption likewise when the
+    source has any. With `seed`, random crops and flips by the draws of (seed, epoch, sample); without, none.
+    """
+
+    def __init__(
+        self, split: Split, image_size: int, crop: Crop, resize: int, flip: bool = False, seed: int | None = None
+    ) -> None:
+        self.split, self.image_size, self.crop, self.resize = split, image_size, crop, resize
+        self.flip, self.seed = flip, seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__(Batch(0, np.array([index])))
+
+    def __getitems__(self, batch: Batch) -> dict[str, Any]:
+        """torch's loader hands a whole batch over; one buffer is filled instead of stacking b tensors."""
+        source, size = self.split.source, self.image_size
+        samples = self.split.samples[batch.samples].tolist()
+        images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
+        pixels = images.numpy().transpose(0, 2, 3, 1)
+        labels, keys, captions = [], [], []
+        for row, number in enumerate(samples):
+            try:
+                sample = source.read(number)
+                pixels[row] = self.transform(decode_image(sample.image), batch.epoch, number)
+            except ValueError as error:
+                raise BadSample(f"{source.place(number)} cannot be decoded: {error}; repair or remove it") from error
+            labels.append(sample.label)
+            keys.append(source.key(number))
+            captions.append(sample.caption or "")
+        result: dict[str, Any] = {"image": images, "label": torch.tensor(labels, dtype=torch.int64), "key": keys}
+        return result | ({"caption": captions} if source.has_captions else {})
+
+    def transform(self, image: np.ndarray, epoch: int, sample: int) -> np.ndarray:
+        """(h, w, 3) uint8 -> (image_size, image_size, 3) uint8."""
+        if self.crop == "adm":
+            image = augment.adm_crop(image, self.image_size)
+        else:
+            image = augment.resize_shorter(image, self.resize)
+        if self.seed is not None and (self.crop == "random" or self.flip):
+            draws = augment.draw(self.seed, epoch, sample)
+            if self.crop == "random":
+                image = augment.random_crop(image, self.image_size, draws)
+            if self.flip and draws.flip < 0.5:
+                image = augment.flip(image)
+        return augment.center_crop(image, self.image_size)
+
+
+class DataModule:
+    """Training, validation and test images of a run.
+
+    path: an ImageFolder, a folder of shards, a glob, a brace list or a list of shards; null: the embedded shapes.
+        A folder with `train` beside `val`, `validation` or `test` is read by these.
+    val_path: validation images likewise; null: what lies in `path`, else `val_fraction` of the samples, chosen by a
+        hash of their keys, are held out of training.
+    image_size: side of the crop. resize: shorter side before a random or centre crop; null: image_size. Validation
+        always resizes to image_size and cuts the middle, as published evaluations do (with crop=adm: ADM's crop).
+    batch_size: images a step, of all processes and accumulated batches together.
+    remainder: of an epoch: "drop" what fills no batch, or "pad" the last batch with samples of the same epoch.
+    size: training images of the embedded shapes; a twentieth as many more are drawn for validation.
+    cache: folder for the shapes and for offset tables; null: $SMALTI_CACHE, else ~/.cache/smalti.
+
+    Nothing is read until it is needed; `check` reads what a run will, and raises UserError for what cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | Sequence[str] | None = None,
+        val_path: str | Sequence[str] | None = None,
+        val_fraction: float = 0.05,
+        image_size: int = 64,
+        resize: int | None = None,
+        crop: Crop = "random",
+        flip: bool = True,
+        batch_size: int = 32,
+        remainder: Remainder = "drop",
+        workers: int = 1,
+        size: int = 20_000,
+        cache: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("image_size", image_size, 1),
+            ("batch_size", batch_size, 1),
+            ("workers", workers, 0),
+            ("size", size, 1),
+            ("seed", seed, 0),
+            ("resize", image_size if resize is None else resize, 1),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"data.{name}={value} must be a whole number, at least {least}")
+        _one_of("crop", crop, ("random", "center", "adm"))
+        _one_of("remainder", remainder, ("drop", "pad"))
+        if not 0 < val_fraction < 1:
+            raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
+        if resize is not None and resize < image_size:
+            raise UserError(
+                f"data.resize={resize} is smaller than data.image_size={image_size}; use resize=null or more"
+            )
+        if resize is not None and resize != image_size and crop == "adm":
+            raise UserError(
+                f"data.resize={resize} has no place in data.crop=adm, which resizes itself; use resize=null"
+            )
+        self.path, self.val_path, self.val_fraction = _plain(path), _plain(val_path), val_fraction
+        self.image_size, self.resize, self.crop, self.flip = image_size, resize or image_size, crop, flip
+        self.batch_size, self.remainder, self.workers = batch_size, remainder, workers
+        self.size, self.cache, self.seed = size, cache_folder(cache), seed
+
+    @property
+    def train(self) -> Split:
+        return self._splits[0]
+
+    @property
+    def validation(self) -> Split:
+        return self._splits[1]
+
+    @property
+    def test(self) -> Split:
+        """The images in `test` where there are both `val` and `test`, else the validation images."""
+        return self._splits[2]
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the class numbers, where known."""
+        return self.train.source.classes
+
+    def check(self, *, accumulate: int = 1, world_size: int = 1) -> None:
+        """Raise UserError for what cannot work: missing or empty folders, damaged shards, batches that do not come out,
+        a batch larger than the set, a first image that cannot be read."""
+        self._order(accumulate, 0, world_size)
+        self._evaluation(self.validation, None, accumulate, 0, world_size)
+        for split in {id(split): split for split in self._splits}.values():
+            self._images(split, training=False)[0]
+
+    def describe(self) -> dict[str, Any]:
+        """What the run learns from, as plain values for a model card; `fingerprint` is a hash of the training keys."""
+        keys = hashlib.sha256()
+        for sample in self.train.samples.tolist():
+            keys.update(os.fsencode(self.train.source.key(sample)) + b"\0")
+        return {
+            "name": self.path or "smalti shapes",
+            "images": len(self.train),
+            "validation_images": len(self.validation),
+            "classes": None if self.classes is None else len(self.classes),
+            "fingerprint": keys.hexdigest()[:16],
+        }
+
+    def batches_per_epoch(self, *, accumulate: int = 1, world_size: int = 1) -> int:
+        """Micro-batches of an epoch, the same on every rank."""
+        return self._order(accumulate, 0, world_size).batches_per_epoch
+
+    def train_loader(
+        self, start: int = 0, *, total: int | None = None, accumulate: int = 1, rank: int = 0, world_size: int = 1
+    ) -> DataLoader[dict[str, Any]]:
+        """The micro-batches of one rank, from number `start` of the run to its end: one pass over all epochs.
+
+        total: micro-batches of the whole run, which is the loader's length wherever it starts; None: the end of the
+        epoch in which it starts. Lightning must leave it alone: `Trainer(use_distributed_sampler=False)`.
+        """
+        order = self._order(accumulate, rank, world_size)
+        if total is None:
+            total = (start // order.batches_per_epoch + 1) * order.batches_per_epoch
+        return self._loader(self._images(self.train, training=True), BatchSampler(order, total, start))
+
+    def validation_loader(
+        self, *, images: int | None = None, accumulate: int = 1, rank: int = 0, world_size: int = 1
+    ) -> DataLoader[dict[str, Any]]:
+        """Validation images, each once, shared among ranks in equal numbers of batches.
+
+        images: how many of them; the order is a fixed mixture, so that the first ones stand for all. None: all.
+        """
+        return self._evaluation(self.validation, images, accumulate, rank, world_size)
+
+    def test_loader(
+        self, *, images: int | None = None, accumulate: int = 1, rank: int = 0, world_size: int = 1
+    ) -> DataLoader[dict[str, Any]]:
+        """Test images, as `validation_loader` gives the validation images."""
+        return self._evaluation(self.test, images, accumulate, rank, world_size)
+
+    def micro_batch_size(self, *, accumulate: int = 1, world_size: int = 1) -> int:
+        """Images of one micro-batch on one rank. Raises UserError when the global batch does not divide."""
+        parts = accumulate * world_size
+        if self.batch_size % parts:
+            near = sorted({max(parts, self.batch_size // parts * parts), -(-self.batch_size // parts) * parts})
+            raise UserError(
+                f"data.batch_size={self.batch_size} is not divisible by {world_size} processes x {accumulate} "
+                f"accumulated batches; use {' or '.join(map(str, near))}"
+            )
+        return self.batch_size // parts
+
+    @cached_property
+    def _splits(self) -> tuple[Split, Split, Split]:
+        """Training, validation and test images."""
+        if self.path is None:
+            if self.val_path is not None:
+                raise UserError(f"data.val_path={self.val_path} needs data.path: the embedded shapes have their own")
+            folder = shapes.prepare(self.cache, side=self.resize, count=self.size)
+            train, validation = (Split(self._open(str(folder / name), "data.path")) for name in ("train", "validation"))
+            return train, validation, validation
+
+        folders = {} if self.val_path is not None else _split_folders(self.path)
+        classes = None
+        if folders and not any(any(folder.glob("*.tar")) for folder in folders.values()):
+            classes = sorted({name for folder in folders.values() for name in class_folders(folder)}) or None
+        source = self._open(str(folders["train"]) if folders else self.path, "data.path", classes)
+        given = {
+            role: Split(self._open(str(folders[name]), "data.path", classes))
+            for role, names in (("validation", _VALIDATION), ("test", _TEST))
+            for name in names
+            if name in folders
+        }
+        if self.val_path is not None:
+            given["validation"] = Split(self._open(self.val_path, "data.val_path", source.classes))
+        if not given:
+            train, validation = hold_out(source, self.val_fraction)
+            return train, validation, validation
+        validation = given.get("validation") or given["test"]
+        return Split(source), validation, given.get("test", validation)
+
+    def _open(self, path: str | list[str], name: str, classes: list[str] | None = None) -> Source:
+        if (
+            isinstance(path, str)
+            and Path(path).expanduser().is_dir()
+            and not any(Path(path).expanduser().glob("*.tar"))
+        ):
+            return FolderSource(Path(path).expanduser(), classes=classes, name=name)
+        if isinstance(path, str) and path.endswith(".zip"):
+            raise UserError(f"{name}={path} is a zip file; unpack it and give the folder")
+        return ShardSource(find_shards(path, name), self.cache)
+
+    def _images(self, split: Split, *, training: bool) -> Images:
+        if training:
+            return Images(split, self.image_size, self.crop, self.resize, self.flip, self.seed)
+        return Images(split, self.image_size, "adm" if self.crop == "adm" else "center", self.image_size)
+
+    def _order(self, accumulate: int, rank: int, world_size: int) -> Order:
+        batch_size = self.micro_batch_size(accumulate=accumulate, world_size=world_size)
+        if self.remainder == "drop" and self.batch_size > len(self.train):
+            images = f"{len(self.train)} training images" + (f" of {self.path}" if self.path else "")
+            most = f"use at most {len(self.train)}, or data.remainder=pad"
+            raise UserError(f"data.batch_size={self.batch_size} is larger than the {images}; {most}")
+        return Order(
+            self.train.sizes,
+            batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            remainder=self.remainder,
+        )
+
+    def _evaluation(
+        self, split: Split, images: int | None, accumulate: int, rank: int, world_size: int
+    ) -> DataLoader[dict[str, Any]]:
+        mixture = np.argsort(np.random.PCG64(0).random_raw(len(split)), kind="stable")[:images]
+        if len(mixture) < world_size:
+            raise UserError(
+                f"{len(mixture)} validation images are fewer than {world_size} processes; give more of them"
+            )
+        batch_size = self.micro_batch_size(accumulate=accumulate, world_size=world_size)
+        batches = split_evenly(len(mixture), batch_size, rank, world_size)
+        return self._loader(
+            self._images(split, training=False), [Batch(0, mixture[batch.samples]) for batch in batches]
+        )
+
+    def _loader(self, images: Images, batches: Any) -> DataLoader[dict[str, Any]]:
+        return DataLoader(
+            images,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the loader draws a seed for its workers; not from the global generator
+        )
+
+
+def hold_out(source: Source, fraction: float) -> tuple[Split, Split]:
+    """Training and validation samples of a source without validation images of its own.
+
+    A sample is held out when the hash of its key falls below `fraction`: it stays so when others are added, and samples
+    with the same key stay together. At least one is held out. Raises UserError when there are fewer than two samples.
+    """
+    if len(source) < 2:
+        raise UserError(f"{source.place(0)} is the only image; at least two are needed, one of them for validation")
+    hashes = [
+        hashlib.blake2b(source.key(n).encode("utf-8", "surrogateescape"), digest_size=8) for n in range(len(source))
+    ]
+    places = np.array([int.from_bytes(one.digest(), "big") for one in hashes], dtype=np.float64) / 2**64
+    held = (places < fraction) | (places == places.min())
+    if held.all():
+        held = places == places.min()
+    return Split(source, np.flatnonzero(~held)), Split(source, np.flatnonzero(held))
+
+
+def _split_folders(path: str | list[str]) -> dict[str, Path]:
+    """The folders of the splits in a folder that has them: `train`, and any of `val`, `validation`, `test`."""
+    if not isinstance(path, str) or not Path(path).expanduser().is_dir():
+        return {}
+    folders = {
+        one.name: one for one in sorted(Path(path).expanduser().iterdir()) if one.is_dir() and one.name[0] != "."
+    }
+    splits = {name: folders[name] for name in ("train", *_VALIDATION, *_TEST) if name in folders}
+    return splits if "train" in splits and (len(splits) > 1 or len(folders) == 1) else {}
+
+
+def _folder(path: str | list[str]) -> Path | None:
+    folder = Path(path).expanduser() if isinstance(path, str) else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def _plain(path: str | Sequence[str] | None) -> str | list[str] | None:
+    return path if path is None or isinstance(path, str) else [str(one) for one in path]
+
+
+def _one_of(name: str, value: str, possible: Sequence[str]) -> None:
+    if value not in possible:
+        raise UserError(f"data.{name}={value} is not one of {', '.join(possible)}{did_you_mean(str(value), possible)}")
+
+
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
