@@ -1,16 +1,18 @@
-"""The contract of every tokenizer: images (b, 3, h, w) in [0, 1] to `Tokens` and back."""
+"""The contract of every tokenizer: images (b, 3, h, w) in [0, 1] to `Tokens` and back, and folders that hold one."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from smalti.registry import Described
-from smalti.tokenizers.quantizers.base import Draws, Quantized
+from smalti.tokenizers.quantizers.base import Draws, Quantized, Quantizer
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
 
@@ -32,10 +34,15 @@ class Tokenizer(nn.Module, PyTorchModelHubMixin, metaclass=Described):
     """Images to tokens and back.
 
     Constructor arguments are keyword-only, plain JSON values or other described modules (a quantizer): they are the
-    config keys, and what an export's config.json holds.
+    config keys, and what an export's config.json holds. `metadata` is what an export says beside them (smalti.exports).
     """
 
     spec: TokenSpec
+    quantizer: Quantizer
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metadata: dict[str, Any] = {}
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tokens:
@@ -52,3 +59,57 @@ class Tokenizer(nn.Module, PyTorchModelHubMixin, metaclass=Described):
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
         """The random numbers of one training forward of `batch_size` images."""
         return {}
+
+    def check_images(self, images: Tensor) -> None:
+        """Raises ValueError unless images are (b, 3, image_size, image_size) of a float dtype."""
+        side = self.spec.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(f"images of shape {tuple(images.shape)}: expected (b, 3, {side}, {side})")
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}: expected floats in [0, 1], such as images.float() / 255")
+
+    def tokens_to_latents(self, tokens: Tokens) -> Tensor:
+        """Latents (b, n, d): looked up where there are indices. Raises ValueError for tokens of another model."""
+        if tokens.indices is not None and self.spec.kind == "discrete":
+            return self.quantizer.lookup(tokens.indices)
+        if tokens.latents.shape[1:] != (self.spec.length, self.spec.dim):
+            shape = tuple(tokens.latents.shape)
+            raise ValueError(f"tokens.latents of shape {shape}: expected (b, {self.spec.length}, {self.spec.dim})")
+        return tokens.latents
+
+    def fingerprint(self) -> str:
+        """A hash of weights and constructor arguments: equal fingerprints, equal tokens."""
+        from smalti.exports import fingerprint
+
+        return fingerprint(self)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        metadata: dict[str, Any] | None = None,
+        config: None = None,
+        model_card_kwargs: None = None,
+    ) -> None:
+        """Write a folder that `smalti.load` reads: model.safetensors, config.json, README.md; each file atomically.
+
+        metadata: see smalti.exports.METADATA; what is not given keeps its value in `self.metadata`. Raises UserError
+        when the folder cannot be written. huggingface_hub's `push_to_hub(repo_id)` calls this, with two more arguments
+        that have no meaning here.
+        """
+        from smalti.exports import save
+
+        save(self, Path(save_directory), metadata or {})
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **hub: Any
+    ) -> Self:
+        """The model of a folder or of a Hugging Face repository, in evaluation mode.
+
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` of huggingface_hub. Raises UserError
+        when there is none, when it is damaged, or when it is not of this class.
+        """
+        from smalti.exports import load
+
+        return load(str(pretrained_model_name_or_path), cls, hub)

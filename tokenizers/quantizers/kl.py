@@ -1,6 +1,7 @@
 """A Gaussian bottleneck: the encoder gives mean and log-variance, KL to the standard normal is the price.
 
-Kingma and Welling 2013, arXiv:1312.6114; in tokenizers as Rombach et al. 2021 (arXiv:2112.10752) and TiTok's VAE models.
+Kingma and Welling 2013, arXiv:1312.6114; in tokenizers as in Rombach et al. 2021, arXiv:2112.10752,
+and TiTok's VAE models.
 """
 
 from __future__ import annotations
@@ -49,6 +50,6 @@ class GaussianQuantizer(Quantizer):
         raise ValueError("a Gaussian bottleneck has no codebook: its tokens are the latents themselves")
 
     def draw(self, batch_size: int, length: int, generator: torch.Generator) -> Draws:
-        """ "noise": (b, n, d) standard normal."""
+        """Under "noise" (b, n, d), standard normal."""
         shape = (batch_size, length, self.dim)
         return {"noise": torch.randn(shape, generator=generator, device=generator.device)}

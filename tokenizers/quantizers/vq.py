@@ -114,10 +114,10 @@ class VectorQuantizer(Quantizer):
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """Indices (b, n) of the codes nearest to z (b, n, d), which is normalised where distance is cosine."""
-        return self._distances(z).argmin(-1)
+        return self._distances(z, self._normalise(self.embedding.float())).argmin(-1)
 
     def draw(self, batch_size: int, length: int, generator: torch.Generator) -> Draws:
-        """ "restart": (v,) int64, for each code the latent of the batch that it moves to should it be dead."""
+        """Under "restart" (v,) int64, for each code the latent of the batch that it moves to should it be dead."""
         if self.restart_after is None:
             return {}
         assert self.codebook_size is not None
@@ -128,13 +128,15 @@ class VectorQuantizer(Quantizer):
     def _normalise(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.cosine else x
 
-    def _distances(self, z: Tensor) -> Tensor:
+    @staticmethod
+    def _distances(z: Tensor, codebook: Tensor) -> Tensor:
         """|e|² − 2 z·e, (b, n, v): the squared distance less |z|², which no comparison between codes needs."""
-        codebook = self._normalise(self.embedding.float())
         return torch.addmm(codebook.square().sum(1), z.flatten(0, 1), codebook.t(), alpha=-2).unflatten(0, z.shape[:2])
 
     def _entropy(self, z: Tensor) -> Tensor:
-        log_p = (-self._distances(z) / self.entropy_temperature).log_softmax(-1).flatten(0, 1)
+        # A copy: `_update` may write to the codebook before backward reads it.
+        codebook = self._normalise(self.embedding.float().clone())
+        log_p = (-self._distances(z, codebook) / self.entropy_temperature).log_softmax(-1).flatten(0, 1)
         p = log_p.exp()
         mean = p.mean(0)
         return mean.xlogy(mean).sum() - (p * log_p).sum(-1).mean()
@@ -146,28 +148,24 @@ class VectorQuantizer(Quantizer):
             return
         counts = torch.bincount(indices, minlength=self.codebook_size).float()
         _sum_over_processes(counts)
-        codebook = self._normalise(self.embedding.float())
         if self.ema_decay is not None:
+            codebook = self._normalise(self.embedding.float())
             sums = torch.zeros_like(codebook).index_add_(0, indices, z)
             _sum_over_processes(sums)
             # e ← (decay·N·e + (1 − decay)·Σz) / (decay·N + (1 − decay)·n), written as a step so that a code which
             # nothing chose (n = 0, Σz = 0) keeps its place to the last bit.
             self.ema_count.lerp_(counts, 1 - self.ema_decay)
             step = (1 - self.ema_decay) * (sums - counts[:, None] * codebook)
-            codebook = self._normalise(codebook + step / self.ema_count.clamp(min=1e-12)[:, None])
+            self.embedding.copy_(self._normalise(codebook + step / self.ema_count.clamp(min=1e-12)[:, None]))
         if self.restart_after is not None:
             if draws is None or "restart" not in draws:
                 raise ValueError("restart_after needs draws in training: pass quantizer.draw(batch_size, n, generator)")
             self.unused_for.add_(1).masked_fill_(counts > 0, 0)
             dead = self.unused_for >= self.restart_after
-            codebook[dead] = self._restart_values(z, draws["restart"].to(z.device))[dead]
+            self.embedding[dead] = self._restart_values(z, draws["restart"].to(z.device))[dead].to(self.embedding.dtype)
             self.unused_for.masked_fill_(dead, 0)
             if self.ema_decay is not None:
                 self.ema_count.masked_fill_(dead, 1.0)
-        changed = (
-            codebook if self.ema_decay is not None else torch.where(dead[:, None], codebook, self.embedding.float())
-        )
-        self.embedding.copy_(changed)
 
     def _restart_values(self, z: Tensor, rows: Tensor) -> Tensor:
         """(v, d): where each code would move; processes take turns over the codes, so that all hold the same."""

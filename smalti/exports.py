@@ -1,0 +1,216 @@
+"""Exports: a folder that holds one model, which `smalti.load` gives back.
+
+model.safetensors   the weights, under our names
+config.json         {"model": name and arguments, "spec", "fingerprint", "smalti_version", and METADATA}
+README.md           a model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from smalti import __version__
+from smalti.errors import UserError
+from smalti.registry import build, describe
+
+if TYPE_CHECKING:
+    from smalti.tokenizers.base import Tokenizer
+
+Model = TypeVar("Model", bound="Tokenizer")
+
+METADATA = {
+    "title": "one line: what the model is",
+    "source": "where the weights come from: a run, or a published checkpoint",
+    "licence": "under which licence they may be used",
+    "training_data": "what it was trained on",
+    "preprocessing": "what was done to an image before it reached the model",
+    "results": "measured figures, {name: value or sentence}",
+    "picture": "path of a PNG to show on the card; it is copied into the folder",
+}
+_FILES = ("model.safetensors", "README.md", "config.json")  # config.json last: without it a folder is no export
+_CONVERT = "published TiTok files are converted by `python export.py source=titok checkpoint=FILE output=DIR`"
+
+
+def fingerprint(model: Tokenizer) -> str:
+    """32 hex digits over arguments and weights (names, dtypes, shapes, bytes)."""
+    digest = hashlib.blake2b(json.dumps(describe(model), sort_keys=True).encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save(model: Tokenizer, folder: Path, metadata: dict[str, Any]) -> None:
+    """Write the three files, each under a temporary name first; raises UserError where that is not possible."""
+    unknown = metadata.keys() - METADATA.keys()
+    if unknown:
+        raise ValueError(f"metadata has unknown keys {sorted(unknown)}; known: {', '.join(METADATA)}")
+    known = {**model.metadata, **metadata}
+    picture = known.get("picture")
+    config = {
+        "model": describe(model),
+        "spec": model.spec.to_dict(),
+        "preprocessing": "RGB in [0, 1], shorter side resized and centre crop, image_size square",
+        **{key: value for key, value in known.items() if key != "picture"},
+        **({"picture": "picture.png"} if picture else {}),
+        "smalti_version": __version__,
+        "fingerprint": fingerprint(model),
+    }
+    drafts = {name: folder / f".{name}.tmp" for name in _FILES}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, drafts["model.safetensors"], metadata={"format": "pt"})
+        drafts["README.md"].write_text(_card(config), encoding="utf-8")
+        drafts["config.json"].write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if picture and Path(picture).resolve() != (folder / "picture.png").resolve():
+            shutil.copyfile(picture, folder / "picture.png")
+        for name in _FILES:
+            _sync(drafts[name])
+            os.replace(drafts[name], folder / name)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"output={folder} cannot be written ({_reason(error)}); choose another folder") from error
+    finally:
+        for draft in drafts.values():
+            if draft.is_file():
+                draft.unlink()
+
+
+def load(name: str, cls: type[Model], hub: dict[str, Any]) -> Model:
+    """The model of a folder or of a Hugging Face repository; raises UserError with one line."""
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        folder = _download(name, hub)
+    config = _read_config(folder)
+    try:
+        model = build(config["model"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} does not describe a model of smalti {__version__} ({_reason(error)}); it was "
+            f"written by smalti {config.get('smalti_version')}: use that version"
+        ) from error
+    if not isinstance(model, cls):
+        raise UserError(f"{name} holds a {type(model).__name__}, not a {cls.__name__}; use smalti.load({name!r})")
+    file = folder / "model.safetensors"
+    try:
+        weights = load_file(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing; export the model again, or download the whole folder") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file} is damaged ({_reason(error)}); export the model again, or download it again"
+        ) from error
+    _load_weights(model, weights, file)
+    if "fingerprint" in config and fingerprint(model) != config["fingerprint"]:
+        raise UserError(
+            f"{file} does not have the fingerprint that config.json states: it is damaged, or from another export; "
+            "export the model again, or download both files again"
+        )
+    model.metadata = {key: config[key] for key in METADATA if key in config}
+    if "picture" in model.metadata:
+        model.metadata["picture"] = str(folder / model.metadata["picture"])
+    return model.eval()
+
+
+def _load_weights(model: Tokenizer, weights: dict[str, torch.Tensor], file: Path) -> None:
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        ours, theirs = (tuple(state[name].shape) if name in state else None for state in (own, weights))
+        if ours != theirs:
+            raise UserError(
+                f"{file} does not fit its config.json: {name} is {theirs or 'missing'} in the file and "
+                f"{ours or 'missing'} in the model; export the model again"
+            )
+    model.load_state_dict(weights, assign=True)  # in the dtype they were saved in
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is not an export of smalti: it has no config.json; {_CONVERT}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({_reason(error)}); export the model again") from error
+    description = config.get("model") if isinstance(config, dict) else None
+    if not isinstance(description, dict) or not isinstance(description.get("name"), str):
+        raise UserError(f"{file} was not written by smalti: it names no model; {_CONVERT}")
+    return config
+
+
+def _download(name: str, hub: dict[str, Any]) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise UserError(f"{name} is neither a folder nor the id of a Hugging Face repository; check the path")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*_FILES, "picture.png"], **hub))
+    except Exception as error:  # the library raises its own, requests' and the system's errors
+        raise UserError(
+            f"{name} is no folder here, and Hugging Face did not give it either ({_reason(error)}); check the path or "
+            "the id"
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, shortened."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]
+
+
+def _card(config: dict[str, Any]) -> str:
+    """A model card: front matter for the hub, what it is, how to use it, where it comes from, what was measured."""
+    spec, name = config["spec"], config["model"]["name"]
+    tokens = f"{spec['length']} continuous tokens of {spec['dim']} channels"
+    if spec["kind"] == "discrete":
+        tokens = f"{spec['length']} tokens of {spec['codebook_size']:,} codes"
+    text = "" if spec["condition"] == "none" else ", text=states"
+    facts = {key.replace("_", " "): config.get(key) for key in ("source", "licence", "training_data", "preprocessing")}
+    facts |= {"fingerprint": f"`{config['fingerprint']}`", "smalti": config["smalti_version"]}
+    licence = str(config.get("licence") or "")
+    lines = [
+        "---",
+        "library_name: smalti",
+        f"tags: [image-tokenizer, {name}]",
+        *([f"license: {licence.lower()}"] if re.fullmatch(r"[A-Za-z0-9.-]+", licence) else []),
+        "---",
+        f"# {config.get('title') or name}",
+        "",
+        f"An image of {spec['image_size']} × {spec['image_size']} pixels as {tokens}.",
+        "",
+        *([f"![Originals over reconstructions]({config['picture']})", ""] if config.get("picture") else []),
+        "```python",
+        "import smalti",
+        'tokenizer = smalti.load("THIS_FOLDER")',
+        "tokens = tokenizer.encode(images)  # (b, 3, h, w) in [0, 1]",
+        f"images = tokenizer.decode(tokens{text})",
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in facts.items() if value),
+        "",
+    ]
+    if config.get("results"):
+        results = [f"| {key} | {value} |" for key, value in config["results"].items()]
+        lines += ["| measured | |", "|---|---|", *results, ""]
+    return "\n".join(lines)
