@@ -1,0 +1,151 @@
+"""One training run: from a checked config to a finished run folder, with an export in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from smalti import runs
+from smalti.config import instantiate
+from smalti.data.module import DataModule
+from smalti.objectives.base import Objective
+from smalti.tokenizers.base import Tokenizer
+from smalti.training.callbacks.checkpointing import Checkpointing
+from smalti.training.callbacks.metrics_csv import MetricsCsv
+from smalti.training.callbacks.progress import ProgressBar
+from smalti.training.callbacks.signals import Signals
+from smalti.training.callbacks.validation import Pictures, Validation
+from smalti.training.checkpoint import newest_good
+from smalti.training.draws import seed_of
+from smalti.training.ema import EMAConfig
+from smalti.training.initialise import initialise
+from smalti.training.loggers import build_loggers
+from smalti.training.loop import build_trainer, fit
+from smalti.training.optim import OptimConfig
+from smalti.training.tokenizer_module import TokenizerModule
+
+PICTURED = 8  # validation images in a picture
+
+
+def train(config: DictConfig) -> dict[str, float]:
+    """Build what the config names, train to `trainer.max_steps`, export the averaged weights; the last metrics.
+
+    Nothing is written before all of it is built. Raises UserError, Diverged or Stopped.
+    """
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    trainer_settings = settings["trainer"]
+    devices = device_count(trainer_settings["devices"])
+    world_size = runs.processes() if runs.processes() > 1 else devices * trainer_settings["num_nodes"]
+    share = {"accumulate": trainer_settings["accumulate"], "world_size": world_size}
+
+    data: DataModule = instantiate(config.data, "data")
+    data.check(**share)
+    tokenizer, objective = build_models(config)
+
+    folder = Path(config.run)
+    if runs.rank() == 0:
+        runs.create(config)
+    module = TokenizerModule(
+        tokenizer,
+        objective,
+        OptimConfig(**settings["optimizer"]),
+        max_steps=trainer_settings["max_steps"],
+        ema=EMAConfig(**settings["ema"]),
+        accumulate=share["accumulate"],
+        seed=config.seed,
+        nan_limit=trainer_settings["nan_limit"],
+        compile=trainer_settings["compile"],
+    )
+    metrics = MetricsCsv(folder / "metrics.csv", settings["logger"]["every"])
+    trainer = build_trainer(
+        max_steps=trainer_settings["max_steps"],
+        folder=folder,
+        precision=trainer_settings["precision"],
+        devices=devices,
+        num_nodes=trainer_settings["num_nodes"],
+        loggers=build_loggers(settings["logger"], folder, settings),
+        callbacks=_callbacks(settings, folder, data, share, metrics),
+    )
+
+    def train_loader(start: int) -> Iterable[Any]:
+        total = trainer_settings["max_steps"] * share["accumulate"]
+        return data.train_loader(start, total=total, rank=trainer.global_rank, **share)
+
+    fit(trainer, module, train_loader, newest_good(folder / "checkpoints"))
+    results = {name: float(value) for name, value in metrics.last.items() if name.startswith(("loss", "validation/"))}
+    if trainer.is_global_zero:
+        averaged = module.ema.model
+        assert isinstance(averaged, Tokenizer)
+        averaged.save_pretrained(folder / "export", metadata=card(settings, data, results, folder))
+        print(f"reconstructions: {newest_picture(folder)}\nexport: {folder / 'export'}", flush=True)
+    return results
+
+
+def build_models(config: DictConfig) -> tuple[Tokenizer, Objective]:
+    """The tokenizer, started from `init_path` (and, in stage 2, the teacher) where given, and the objective.
+
+    Fresh weights depend on the seed and on the module's own config alone.
+    """
+    torch.manual_seed(seed_of("tokenizer", config.seed))
+    tokenizer: Tokenizer = instantiate(config.tokenizer, "tokenizer")
+    if config.init_path is not None:
+        initialise(tokenizer, config.init_path, teacher_path=config.teacher_path)
+    torch.manual_seed(seed_of("objective", config.seed))
+    objective: Objective = instantiate(config.objective, "objective")
+    return tokenizer, objective
+
+
+def device_count(devices: int | str) -> int:
+    """Processes on this machine: `auto` is one for every GPU, or one on the CPU."""
+    return max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
+
+
+def card(settings: dict[str, Any], data: DataModule, results: dict[str, float], folder: Path) -> dict[str, Any]:
+    """What an export says of its making: experiment, scale, data, steps, metrics, preprocessing, picture."""
+    return {
+        "source": {"experiment": settings["experiment"], "scale": settings["scale"], "stage": settings["stage"]},
+        "steps": settings["trainer"]["max_steps"],
+        "training_data": data.describe(),
+        "preprocessing": {
+            "image_size": data.image_size,
+            "crop": "adm" if data.crop == "adm" else "center",
+            "resize": "shorter side, bicubic, antialiased",
+            "range": [0, 1],
+        },
+        "metrics": results,
+        "picture": str(newest_picture(folder)),
+    }
+
+
+def newest_picture(folder: Path) -> Path | None:
+    """The last picture of a run, None before the first."""
+    return max((folder / "images").glob("step-*.png"), default=None)
+
+
+def _callbacks(
+    settings: dict[str, Any], folder: Path, data: DataModule, share: dict[str, int], metrics: MetricsCsv
+) -> list[pl.Callback]:
+    """In the order in which they act at a step's end."""
+    every, images = settings["validation"]["every"], settings["validation"]["images"]
+
+    def validation_batches() -> Iterable[dict[str, Any]]:
+        return data.validation_loader(images=images, rank=runs.rank(), **share)
+
+    pictured = next(iter(data.validation_loader(images=PICTURED)))["image"]
+    checkpointing = Checkpointing(
+        folder / "checkpoints", settings["checkpoint"]["every"], settings["checkpoint"]["keep"]
+    )
+    return [
+        Validation(validation_batches, every),
+        Pictures(pictured, folder / "images", every),
+        metrics,
+        checkpointing,
+        Signals(checkpointing),
+        ProgressBar(metrics),
+    ]
