@@ -88,9 +88,14 @@ class ProxyCodeObjective(Objective):
         assert self._teacher is not None
         spec = self._teacher.network.spec
         v, n = logits.shape[1:]
-        if (spec.codebook_size, spec.length * spec.depth) != (v, n):
+        key = f"objective.teacher_path={self.teacher_path}"
+        if spec.codebook_size != v:
             raise UserError(
-                f"objective.teacher_path={self.teacher_path}: the teacher gives {spec.length * spec.depth} codes of "
-                f"{spec.codebook_size} an image but the tokenizer predicts {n} of {v}; set "
-                f"tokenizer.proxy_codebook_size={spec.codebook_size} and a patch size that gives {spec.length} patches"
+                f"{key}: the teacher gives codes of {spec.codebook_size} but the tokenizer logits over {v}; set "
+                f"tokenizer.proxy_codebook_size={spec.codebook_size}"
+            )
+        if spec.length * spec.depth != n:
+            raise UserError(
+                f"{key}: the teacher gives {spec.length * spec.depth} codes an image but the tokenizer predicts {n}; "
+                "use a teacher and a patch size of the decoder that cut the image into the same grid"
             )

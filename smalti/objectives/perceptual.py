@@ -37,7 +37,7 @@ class TappedVGG(nn.Module):
         super().__init__()
         starts = (0, *_TAPS[:-1])
         self.slices = nn.ModuleList(features[start:end] for start, end in zip(starts, _TAPS, strict=True))
-        self.channel_weights = nn.ParameterList(weight.detach().reshape(1, -1, 1, 1) for weight in channel_weights)
+        self.channel_weights = nn.ParameterList(weight.detach().flatten() for weight in channel_weights)
 
 
 class LPIPS(nn.Module):
@@ -66,8 +66,8 @@ class LPIPS(nn.Module):
                 real = layers(real)
                 real_direction = _direction(real)
             fake = layers(fake)
-            difference = (_direction(fake) - real_direction).square()
-            distance = distance + (weight * difference).sum(dim=1).mean(dim=(1, 2))
+            difference = (_direction(fake) - real_direction).square().mean(dim=(2, 3))
+            distance = distance + (weight * difference).sum(dim=1)
         return distance
 
 
@@ -77,8 +77,9 @@ def _scaled(images: Tensor) -> Tensor:
 
 
 def _direction(features: Tensor) -> Tensor:
-    """Unit length over channels. vector_norm's gradient at 0 is 0; that of a root of a sum, as published, is NaN."""
-    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
+    """Unit length over channels. Where all are 0 the published gradient is NaN; here it is finite, the value equal."""
+    squared = features.square().sum(dim=1, keepdim=True)  # 1.7x as fast as vector_norm (b 1, c 64, 256 px)
+    return features / (squared.masked_fill(squared == 0, 1).sqrt() + 1e-10)
 
 
 class ConvNeXtLogits(nn.Module):
@@ -205,7 +206,8 @@ def _load(path: str, what: str) -> dict[str, Tensor]:
             # Mapped, where the format allows it: most of VGG16's file is a classifier that nobody reads.
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
-        raise UserError(f"{what} cannot be read as a state dict ({error}); fetch the file again") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{what} cannot be read as a state dict ({reason}); fetch the file again") from error
     if not isinstance(tensors, dict):
         raise UserError(f"{what} holds a {type(tensors).__name__}, not a state dict; use torchvision's own file")
     return tensors
