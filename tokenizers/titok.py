@@ -120,11 +120,6 @@ class TiTok(Tokenizer):
         if pixel_decoder is not None:
             assert proxy_codebook_size is not None
             self.pixel_decoder = PixelDecoder(**pixel_decoder)
-            factor = 2 ** (len(pixel_decoder["channel_mult"]) - 1)
-            if factor != dec.patch_size:
-                raise ValueError(
-                    f"pixel_decoder makes {factor} pixels of a code, but decoder.patch_size={dec.patch_size}"
-                )
             bound = 1 / proxy_codebook_size
             codes = torch.empty(proxy_codebook_size, pixel_decoder["dim"]).uniform_(-bound, bound)
             self.proxy_embedding = nn.Parameter(codes)
@@ -224,7 +219,13 @@ class TiTok(Tokenizer):
             return out, None
         # The expectation over all codes, never the most probable one: in training and afterwards.
         expected = torch.einsum("b v h w, v d -> b d h w", out.softmax(1), self.proxy_embedding)
-        return out, self.pixel_decoder(expected)
+        pixels = self.pixel_decoder(expected)
+        if pixels.shape[-1] != self.spec.image_size:
+            raise ValueError(
+                f"pixel_decoder.channel_mult has {len(self.pixel_decoder.up)} levels: {self.decoder.grid} codes a side "
+                f"make {pixels.shape[-1]} pixels, not image_size={self.spec.image_size}; fit decoder.patch_size to it"
+            )
+        return out, pixels
 
 
 class Encoder(nn.Module):
