@@ -89,7 +89,8 @@ def check_export_request(config: DictConfig) -> None:
             raise UserError(f"source={source} is unknown{_choose(source, SOURCES)}")
         if checkpoint is None:
             raise UserError(f"source={source} needs the published file: checkpoint=FILE")
-        check_file("checkpoint", checkpoint)
+        if not Path(checkpoint).is_dir():  # a folder of the hub, or of the published training, is read, too
+            check_file("checkpoint", checkpoint)
         if values["config"] is not None:
             check_file("config", values["config"])
     output = Path(values["output"])

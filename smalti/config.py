@@ -384,7 +384,7 @@ def _check_key(config: DictConfig, override: Override) -> None:
         if not isinstance(node, DictConfig):
             whole = ".".join(parts[:depth])
             raise UserError(f"{key}: {whole} is a value, not a section; override {whole}=… as a whole")
-        if part not in node:
+        if part not in node.keys():  # noqa: SIM118, "???" is not `in` a DictConfig
             last = depth == len(parts) - 1
             if last and (override.is_add() or override.is_force_add()) and "_target_" in node:
                 return

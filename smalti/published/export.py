@@ -1,0 +1,84 @@
+"""Write an export: of a run of ours, or of a published checkpoint; the program behind `export.py`.
+
+    python export.py run=runs/titok/tiny output=DIR                the averaged weights of its newest good checkpoint
+    python export.py source=titok checkpoint=FILE output=DIR       a published file (smalti/published/titok.py)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from smalti import exports
+from smalti.config import instantiate
+from smalti.errors import UserError
+from smalti.published import titok
+from smalti.tokenizers.base import Tokenizer
+from smalti.training import checkpoint as checkpoints
+
+SOURCES = {"titok": titok.convert}
+
+
+def export(config: DictConfig) -> Path:
+    """The folder that `config.output` names, written; raises UserError before anything is."""
+    if config.run is not None:
+        tokenizer = from_run(Path(config.run))
+    else:
+        tokenizer = SOURCES[config.source](config.checkpoint, config.config)
+    output = Path(config.output)
+    tokenizer.save_pretrained(output)
+    size = sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6
+    print(f"export: {output} ({type(tokenizer).__name__}, {size:.1f} M parameters)\nload:   smalti.load({str(output)!r})")
+    return output
+
+
+def from_run(run: Path) -> Tokenizer:
+    """The averaged tokenizer of a run's newest good checkpoint, in evaluation mode, with its origin in `metadata`."""
+    file = checkpoints.newest_good(run / "checkpoints")
+    if file is None:
+        raise UserError(f"run={run} has no checkpoint yet; train until the first one")
+    config = OmegaConf.load(run / "config.yaml")
+    assert isinstance(config, DictConfig)
+    tokenizer: Tokenizer = instantiate(config.tokenizer, "tokenizer")
+    saved = checkpoints.load(file)
+    prefix = "ema.model."
+    averaged = {
+        name.removeprefix(prefix): tensor for name, tensor in saved["state_dict"].items() if name.startswith(prefix)
+    }
+    _load(tokenizer, averaged, file)
+    tokenizer.metadata = _metadata(run, config, int(saved["global_step"]))
+    return tokenizer.eval()
+
+
+def _load(tokenizer: Tokenizer, weights: dict[str, torch.Tensor], file: Path) -> None:
+    own = tokenizer.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        mine, theirs = (tuple(state[name].shape) if name in state else None for state in (own, weights))
+        if mine != theirs:
+            raise UserError(
+                f"{file} does not fit the run's config.yaml: {name} is {theirs or 'missing'} in the checkpoint and "
+                f"{mine or 'missing'} in the model; export with the smalti that trained it"
+            )
+    tokenizer.load_state_dict(weights)
+
+
+def _metadata(run: Path, config: DictConfig, step: int) -> dict[str, Any]:
+    """What the run's own export says, where it has one of the same step; else what its config tells."""
+    written = run / "export" / "config.json"
+    if written.is_file() and step == config.trainer.max_steps:
+        known = json.loads(written.read_text(encoding="utf-8"))
+        metadata = {key: known[key] for key in exports.METADATA if key in known}
+        if "picture" in metadata:
+            metadata["picture"] = str(run / "export" / metadata["picture"])
+        return metadata
+    picture = max((run / "images").glob("*.png"), default=None)
+    return {
+        "title": f"{config.experiment}, scale {config.scale}, step {step} of {config.trainer.max_steps}",
+        "source": f"a run of smalti: {run}, step {step}",
+        "training_data": str(config.data.path or "the shapes embedded in smalti"),
+        **({"picture": str(picture)} if picture else {}),
+    }

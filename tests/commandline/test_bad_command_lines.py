@@ -1,0 +1,174 @@
+"""What a user can get wrong: exit code 2, one line that names the key and the way out, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# command line (PLACE in braces is a path of the fixture `places`), and a part of the line that it must end with
+BAD_LINES = [
+    # keys
+    ("train optimizer.lrr=1e-3", "optimizer.lrr is not a key of this config; did you mean 'optimizer.lr'?"),
+    ("train lr=1e-3", "did you mean 'optimizer.lr'?"),
+    ("train optimiser.lr=1e-3", "did you mean 'optimizer.lr'?"),
+    ("train tokenizer.encoder.widht=64", "did you mean 'tokenizer.encoder.width'?"),
+    ("train nothing.like.this=1", "nothing.like.this is not a key of this config; the top level has seed, stage"),
+    ("train optimizer.lr.x=3", "optimizer.lr is a value, not a section"),
+    ("train +foo=1", "foo is not a key of this config"),
+    ("train +seed=1", "the key exists; write seed=… without the plus"),
+    ("train ~optimizer.clip", "keys cannot be removed; use optimizer.clip=null"),
+    ("train hydra.run.dir=elsewhere", "of Hydra's own keys only hydra.launcher.* and hydra.sweeper.* can be set here"),
+    ("train hydra.launcher.jobs=3", "hydra.launcher.jobs"),
+    # groups and options
+    ("train experiment=titk", "experiment=titk is unknown; did you mean 'titok'? possible: "),
+    ("train experiment=null", "experiment=null is unknown; possible: "),
+    ("train tokenizer=titoc", "did you mean 'titok'?"),
+    ("train scale=huge", "scale=huge is unknown; possible: paper, small, tiny"),
+    ("train optimizer=sgd", "optimizer=sgd is unknown; possible: adamw"),
+    ("train tokenizer/quantizer=kl2", "did you mean 'kl'?"),
+    ("train tokenizer.quantizer=kl", "write tokenizer/quantizer=kl"),
+    ("train objective.perceptual=lpips", "write objective/perceptual=lpips"),
+    ("evaluate model_path={photos} optimizer=adamw", "optimizer is not a group of `evaluate`; it has data"),
+    # the form of a line
+    ("train titok", "'titok' is not key=value; did you mean experiment=titok?"),
+    ("train optimizer.lr = 3", "'optimizer.lr' is not key=value (without spaces around '='), such as experiment="),
+    ("train --experiment=titok", "did you mean experiment=titok?"),
+    ("train --hlp", "did you mean '--help'?"),
+    ("train --cfg all", "use --cfg job"),
+    ("train optimizer.lr=", "optimizer.lr= has no value"),
+    ("train data.path=/my(photos)", "cannot be read (mismatched input '(' expecting <EOF>); quote a value"),
+    ("train optimizer.betas=[0.9", "cannot be read"),
+    ("train optimizer.lr=1e-4,3e-4", "add -m for a sweep"),
+    ("train optimizer.lr=${nowhere}", "optimizer.lr: Interpolation key 'nowhere' not found"),
+    ("train --config-dir {missing}", "is not a folder"),
+    ("evaluate -m model_path={photos}", "only `train` sweeps"),
+    # types
+    ("train optimizer.lr=fast", "optimizer.lr=fast is text, but it needs a number, such as 0.001"),
+    ("train trainer.max_steps=10.5", "trainer.max_steps=10.5 is a number, but it needs a whole number"),
+    ("train tokenizer.encoder.width=64.0", "needs a whole number"),
+    ("train seed=null", "seed=null, but it needs a whole number"),
+    ("train trainer.compile=1", "trainer.compile=1 is a whole number, but it needs true or false"),
+    ("train data.flip=maybe", "needs true or false"),
+    ("train optimizer.betas=0.9", "needs a list"),
+    ("train optimizer.betas=[0.9,b]", "optimizer.betas[1]=b is text, but it needs a number"),
+    ("train optimizer.clip=often", "optimizer.clip=often is text, but it needs a number"),
+    ("train tokenizer.encoder=12", "tokenizer.encoder is a section; set one of its keys: width, depth"),
+    ("train tokenizer.encoder=null", "tokenizer.encoder=null, but it needs a section"),
+    ("train output=2024", "output=2024 is a whole number, but it needs text"),
+    ("train init_path=5", "init_path=5 is a whole number, but it needs text"),
+    # values
+    ("train trainer.max_steps=0", "trainer.max_steps=0 must be at least 1"),
+    ("train tokenizer.num_latent_tokens=-3", "tokenizer.num_latent_tokens=-3 must be at least 1"),
+    ("train data.batch_size=-8", "data.batch_size=-8 must be at least 1"),
+    ("train optimizer.lr=-1e-3", "optimizer.lr=-0.001 must not be negative"),
+    ("train optimizer.lr=.nan", "optimizer.lr=.nan is text"),
+    ("train optimizer.lr=nan", "optimizer.lr=nan is not a finite number"),
+    ("train optimizer.betas=[0.9,1.2]", "optimizer.betas=[0.9,1.2] must lie in [0, 1)"),
+    ("train optimizer.betas=[0.9]", "must be two numbers"),
+    ("train optimizer.clip=0", "optimizer.clip=0 must be above 0; null switches it off"),
+    ("train ema.decay=1.0", "ema.decay=1.0 must lie in [0, 1)"),
+    ("train checkpoint.keep=1", "checkpoint.keep=1 must be at least 2"),
+    ("train data.image_size=100 data.resize=100", "data.image_size=100 is not a multiple of tokenizer.encoder.patch_size=8; use 96 or 104"),
+    ("train data.image_size=128 data.resize=64", "data.resize=64 is smaller than the crop"),
+    ("train tokenizer.image_size=32", "tokenizer.image_size=32 but data.image_size=64; set only the latter"),
+    ("train tokenizer.decoder.heads=3", "tokenizer.decoder.width=128 is not a multiple of tokenizer.decoder.heads=3; use 126 or 129"),
+    ("train data.batch_size=30 trainer.devices=4", "data.batch_size=30 is not divisible by 4 = trainer.devices 4 × num_nodes 1 × accumulate 1; use 28 or 32"),
+    ("train data.batch_size=32 trainer.devices=1 trainer.accumulate=3", "use 30 or 33"),
+    ("train trainer.devices=many", "trainer.devices=many must be a number of processes from 1, or auto"),
+    ("train resume=maybe", "resume=maybe is unknown; possible: auto, never, must"),
+    ("train resume=must", "resume=must, but there is no run in runs"),
+    ("train optimizer.schedule=cosin", "did you mean 'cosine'; possible: cosine, constant"),
+    ("train trainer.precision=64", "trainer.precision=64 is a whole number, but it needs text"),
+    ("train stage=2", "stage=2: experiment=titok has one stage; with two: titok_b64, titok_l32, titok_s128"),
+    ("train experiment=titok_s128 stage=3", "stage=3 is not a stage; use stage=1 or stage=2"),
+    ("train experiment=titok_s128_stage2 stage=1", "use experiment=titok_s128 for stage 1"),
+    ("train experiment=titok_s128 scale=paper", "teacher_path is required: an export of experiment=maskgit_vqgan"),
+    ("train tokenizer._target_=os.system", "tokenizer._target_=os.system is not allowed"),
+    # paths
+    ("train data.path={missing}", "does not exist; did you mean 'photos'?"),
+    ("train data.path={empty}", "holds no images and no .tar shards"),
+    ("train data.path={texts}", "holds no images and no .tar shards"),
+    ("train data.path={file}", "is a file; give a .tar shard"),
+    ("train data.path={photos} data.val_path={empty}", "data.val_path="),
+    ("train output={file}/runs", "is not one; choose another output"),
+    ("train output=/proc/version/runs", "is not one; choose another output"),
+    ("train run={full}", "holds something else than a run (no config.yaml)"),
+    ("train init_path={photos}", "is not an export (no config.json)"),
+    ("train init_path={missing}", "does not exist"),
+    ("train teacher_path={file}", "is a file; give the folder of an export"),
+    ("evaluate", "model_path is required"),
+    ("evaluate model_path={missing}", "does not exist; did you mean 'photos'?"),
+    ("evaluate model_path={photos}", "is not an export (no config.json)"),
+    ("export", "output is required"),
+    ("export output=out", "nothing to export: give run=RUNDIR, or source=titok checkpoint=FILE"),
+    ("export output=out run={missing}", "is not a folder"),
+    ("export output=out run={photos}", "is not a run folder (no config.yaml)"),
+    ("export output=out run={run} source=titok", "exclude each other"),
+    ("export output=out source=titoc checkpoint={file}", "source=titoc is unknown; did you mean 'titok'; possible: titok"),
+    ("export output=out source=titok", "source=titok needs the published file: checkpoint=FILE"),
+    ("export output=out source=titok checkpoint={missing}", "does not exist"),
+    ("export output={full} source=titok checkpoint={file}", "is not empty; name a new folder"),
+    # sweeps
+    ("train -m experiment=titok", "-m without a key of several values"),
+    ("train -m optimizer.lr=1e-4,fast", "optimizer.lr=fast is text"),
+    ("train -m experiment=titok,titk", "experiment=titk is unknown; did you mean 'titok'?"),
+    ("train -m optimizer.lr=1e-4,3e-4 trainer.devices=2", "a sweep's jobs run in one process each"),
+    ("train -m data.workers=0,1", "data.workers cannot be swept"),
+    ("train -m output=a,b", "output cannot be swept"),
+    ("train -m seed=1,1", "two runs of the sweep are the same run"),
+    ("train -m optimizer.lr=interval(1e-4,1e-3)", "an interval has no list of values; add sweep=optuna"),
+    ("train -m experiment=titok_s128 stage=1,2", "stages follow each other"),
+]  # fmt: skip
+
+
+def assert_refused(code: int, err: str, said: str) -> None:
+    assert code == 2
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert said in err, err
+
+
+@pytest.mark.parametrize(("line", "said"), BAD_LINES, ids=[line for line, _ in BAD_LINES])
+def test_a_bad_command_line_is_refused_in_one_line(
+    line: str, said: str, call: Callable, places: dict[str, Path], never_trains: None
+) -> None:
+    result = call(*(word.format(**places) if "${" not in word else word for word in line.split()))
+    assert_refused(result.code, result.err, said)
+    assert result.out == "" and result.left == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train optimizer.lrr=1e-3",
+        "train experiment=titk",
+        "train tokenizer.encoder.width=64.5",
+        "train data.image_size=100",
+        "train data.path={missing}",
+        "train data.path={empty}",
+        "train output={file}/runs",
+        "train data.batch_size=-8",
+        "evaluate model_path={photos}",
+        "export output=out run={photos}",
+        "train -m optimizer.lr=1e-4,fast",
+        "trian",
+    ],
+)
+def test_the_scripts_refuse_as_the_functions_do(line: str, here: Path, places: dict[str, Path]) -> None:
+    command, *words = line.format(**places).split()
+    script = [str(REPOSITORY / f"{command}.py")]
+    if not Path(script[0]).is_file():
+        script = ["-m", "smalti.commands", command]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, *script, *words], cwd=here, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert_refused(done.returncode, done.stderr, "")
+    assert done.stdout == "" and list(here.iterdir()) == []
