@@ -1,9 +1,10 @@
-"""What a tokenizer must beat: an image's own mean colour, and the best JPEG or WebP at no more bytes than its tokens."""
+"""What a tokenizer must beat: an image's mean colour, and the best JPEG or WebP at no more bytes than its tokens."""
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from smalti.evaluation.metrics import Mean, psnr
 from smalti.evaluation.pictures import to_pil
 
-CODECS = {
+CODECS: dict[str, dict[str, Any]] = {
     "jpeg": {"format": "JPEG", "optimize": True, "subsampling": "4:2:0"},
     "webp": {"format": "WEBP", "method": 6},
 }
@@ -91,10 +92,12 @@ class Baselines:
         for part in (self.mean_colour, *(part for parts in self.codecs.values() for part in parts)):
             part.all_reduce()
 
-    def compute(self) -> dict[str, float]:
-        """mean_colour_psnr; for each codec the number of images that it can store in the budget and, where there are
-        any, its PSNR and mean bytes and the tokenizer's PSNR on those images."""
-        figures = {"mean_colour_psnr": self.mean_colour.compute()}
+    def compute(self, psnr: float) -> dict[str, float]:
+        """mean_colour_psnr, and how far `psnr`, the tokenizer's, is above it; for each codec the number of images that
+        it can store in the budget and, where there are any, its PSNR and mean bytes, and the tokenizer's PSNR on them.
+        """
+        mean_colour = self.mean_colour.compute()
+        figures = {"mean_colour_psnr": mean_colour, "gain_over_mean_colour": psnr - mean_colour}
         for name, (codec_psnr, size, our_psnr) in self.codecs.items():
             count = int(codec_psnr.sums["count"].item())
             figures[f"{name}_images"] = count

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from smalti.errors import UserError
 from smalti.evaluation.protocol import sha256_of
 
-BY_NAME = "torch-fidelity"
+BY_NAME = "download"
 FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's and pytorch-fid's file; named by its hash
 SAME_FILE = "pt_inception-2015-12-05-6726825d.pth"
 
@@ -53,8 +53,8 @@ class Inception(nn.Module):
 
 
 def load_inception(weights: str | None) -> Inception | None:
-    """The network with the weights of a file, of those that torch-fidelity publishes (by its name), or, for None, of
-    an earlier download; None when there is none. Raises UserError for a file that is not such weights.
+    """The network with the weights of a file or, by the name "download", those that torch-fidelity publishes; for None,
+    those of an earlier download, or None when there are none. Raises UserError for a file that is not such weights.
     """
     if weights is None:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
@@ -66,7 +66,7 @@ def load_inception(weights: str | None) -> Inception | None:
             raise UserError(f"inception_weights={weights} needs torch-fidelity; pip install 'smalti[metrics]'")
         path = _download() if weights == BY_NAME else Path(weights)
     if not path.is_file():
-        raise UserError(f"inception_weights={path} is not a file; give {FILE}, or the name {BY_NAME} to download it")
+        raise UserError(f"inception_weights={path} is not a file; give {FILE}, or {BY_NAME} to fetch it")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -83,8 +83,8 @@ def load_inception(weights: str | None) -> Inception | None:
 def why_absent() -> str:
     """What to do to get the figures that need this network."""
     if not _installed():
-        return "needs torch-fidelity: pip install 'smalti[metrics]', and inception_weights=FILE or torch-fidelity"
-    return f"needs the Inception weights: inception_weights=FILE ({FILE}), or inception_weights={BY_NAME} to download them"
+        return "needs torch-fidelity: pip install 'smalti[metrics]', and inception_weights=FILE or download"
+    return f"needs the Inception weights: inception_weights=FILE ({FILE}), or inception_weights={BY_NAME} to fetch them"
 
 
 def _installed() -> bool:

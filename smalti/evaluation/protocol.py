@@ -4,27 +4,63 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+from smalti.tokenizers.base import Tokenizer
 
 LIBRARIES = ("smalti", "torch", "torchvision", "torchmetrics", "torch-fidelity", "pillow", "numpy")
 
+_CODEC = "the best file of no more bytes than the tokens, header and all, of the image or one 2, 4 or 8 times smaller"
+
 HOW = {
-    "psnr": "dB; each image as 8-bit RGB against peak 255, averaged over images",
+    "psnr": "each image as 8-bit RGB against peak 255, averaged over images",
     "ssim": "8-bit RGB, Gaussian window of 11 with sigma 1.5, averaged over channels and images",
     "lpips": "LPIPS of 8-bit RGB, averaged over images; lower is better",
     "rfid": "Fréchet distance of Inception's 2048 pool features, reconstructions against these same images after the "
-    "same crop; lower is better, and biased by the number of images: compare equal numbers only",
+    "same crop; lower is better; biased by the number of images, so compare equal numbers",
     "inception_score": "of the reconstructions, no splits",
     "codebook_usage": "distinct codes over all tokens of these images, divided by the codebook's size",
     "codebook_entropy": "bits a token over these images",
-    "codebook_perplexity": "equally frequent codes of the same entropy",
+    "codebook_perplexity": "the number of equally frequent codes with the same entropy",
     "tokens": "tokens an image",
-    "bits_per_image": "tokens × log2 of the codebook's size, fixed-length codes",
+    "bits_per_image": "tokens × log2 of the codebook's size: codes of fixed length",
     "bits_per_pixel": "bits an image / (height × width)",
-    "mean_colour_psnr": "dB; every image painted in its own mean colour: what no tokens at all would give",
-    "gain_over_mean_colour": "dB; psnr - mean_colour_psnr",
+    "mean_colour_psnr": "each image painted in its own mean colour: what no tokens at all would give",
+    "gain_over_mean_colour": "psnr − mean_colour_psnr",
+    "jpeg_images": "images of which a JPEG takes no more bytes than the tokens",
+    "jpeg_psnr": f"on those images, {_CODEC}",
+    "jpeg_bytes": "mean size of those files",
+    "psnr_on_jpeg_images": "the tokenizer's on those images",
+    "webp_images": "images of which a WebP takes no more bytes than the tokens",
+    "webp_psnr": f"on those images, {_CODEC}",
+    "webp_bytes": "mean size of those files",
+    "psnr_on_webp_images": "the tokenizer's on those images",
 }
+
+
+def how(figure: str) -> str:
+    """One line on how a figure is obtained."""
+    return HOW[figure]
+
+
+def preprocessing(crop: str, size: int) -> str:
+    """The transform of evaluation images in words: figures after another one are not comparable."""
+    if crop == "adm":
+        return f"ADM centre crop: halved by box while at least {2 * size}, shorter side to {size} bicubic, centre crop"
+    return f"shorter side to {size} (Pillow, bicubic, antialiased), centre crop"
+
+
+def describe_model(tokenizer: Tokenizer, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Which weights were measured."""
+    return {
+        "path": str(cfg["model_path"]),
+        "name": type(tokenizer).__name__,
+        "fingerprint": tokenizer.fingerprint(),
+        "teacher": cfg["teacher_path"],
+    }
 
 
 def libraries() -> dict[str, str]:

@@ -1,0 +1,88 @@
+"""One photo through a tokenizer: its reconstruction beside the original, its tokens, and how many bits they are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smalti.data.augment import center_crop, resize_shorter
+from smalti.data.decode import decode_image
+from smalti.errors import UserError
+from smalti.evaluation import pictures
+from smalti.evaluation.metrics import psnr, ssim
+from smalti.evaluation.protocol import describe_model, preprocessing
+from smalti.tokenizers.base import Tokenizer
+from smalti.training.draws import seed_of
+
+
+def reconstruct_photo(
+    tokenizer: Tokenizer, cfg: Mapping[str, Any], folder: Path, device: torch.device
+) -> dict[str, Any]:
+    """Write NAME-original.png (what the tokenizer saw), NAME-reconstruction.png, NAME-side-by-side.png and
+    NAME-tokens.json into `folder`, and print what they say.
+
+    A photo of any size: its shorter side is resized to the tokenizer's and the middle cut, as in the evaluation.
+    """
+    path, spec = Path(cfg["image"]).expanduser(), tokenizer.spec
+    try:
+        photo = decode_image(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"image={path} cannot be read: {error}; give a JPEG, PNG or WebP file") from error
+    size = spec.image_size
+    square = center_crop(resize_shorter(photo, size), size)
+    images = torch.tensor(square).permute(2, 0, 1)[None].to(device).float() / 255
+    tokens = tokenizer.encode(images)
+    decoded = tokenizer.decode(tokens, seed=seed_of("evaluate", cfg["seed"], 0))
+
+    bits = None if spec.bits is None else spec.length * spec.bits
+    report: dict[str, Any] = {
+        "image": str(path),
+        "pixels": [photo.shape[1], photo.shape[0]],
+        "preprocessing": preprocessing("center", size),
+        "model": describe_model(tokenizer, cfg),
+        "psnr": psnr(images, decoded).item(),
+        "ssim": ssim(images, decoded).item(),
+        "bits": bits,
+        "bytes": None if bits is None else math.ceil(bits / 8),
+        "bits_per_pixel": None if bits is None else bits / size**2,
+        "bytes_of_the_file": path.stat().st_size,
+    }
+    values = tokens.latents if tokens.indices is None else tokens.indices
+    name = "latents" if tokens.indices is None else "indices"
+    files = {
+        kind: folder / f"{path.stem}-{kind}{'.json' if kind == 'tokens' else '.png'}"
+        for kind in ("original", "reconstruction", "side-by-side", "tokens")
+    }
+    pictures.save_png(pictures.to_pil(images[0]), files["original"])
+    pictures.save_png(pictures.to_pil(decoded[0]), files["reconstruction"])
+    beside = pictures.side_by_side(
+        [(f"original, {size} × {size}", images[0]), (_size_of(spec.length, bits), decoded[0])],
+        note=f"PSNR {report['psnr']:.2f} dB",
+    )
+    pictures.save_png(beside, files["side-by-side"])
+    content = {**report, "spec": spec.to_dict(), name: values[0].tolist()}
+    files["tokens"].write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    print(f"{path.name}, {photo.shape[1]} × {photo.shape[0]}: {_in_words(report, spec.length, spec.codebook_size)}")
+    print(f"  PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f} against its middle at {size} × {size}")
+    report["files"] = {kind: str(file) for kind, file in files.items()}
+    print("\n".join(f"{kind:15} {file}" for kind, file in report["files"].items()))
+    return {**report, "tokens": values[0].tolist()}
+
+
+def _size_of(length: int, bits: float | None) -> str:
+    return f"{length} tokens" if bits is None else f"{length} tokens, {bits:,.0f} bits"
+
+
+def _in_words(report: Mapping[str, Any], length: int, codebook_size: int | None) -> str:
+    if codebook_size is None:
+        return f"{length} continuous tokens"
+    return (
+        f"{length} tokens of {codebook_size:,} codes = {report['bits']:,.0f} bits = {report['bytes']:,} bytes, "
+        f"{report['bits_per_pixel']:.3f} bits a pixel (the file has {report['bytes_of_the_file']:,} bytes)"
+    )
