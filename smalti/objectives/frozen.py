@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Generic, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ class Frozen(Generic[Network]):
 
     def on(self, device: torch.device) -> Network:
         """The network, moved to `device` the first time it is asked for there."""
-        first = next(self.network.parameters(), None)
+        first = next(chain(self.network.parameters(), self.network.buffers()), None)
         if first is not None and first.device != device:
             self.network.to(device)
         return self.network

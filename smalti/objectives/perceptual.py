@@ -28,16 +28,30 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TappedVGG(nn.Module):
-    """A VGG's `features` cut behind five activations, and LPIPS's weight of each channel there.
+    """A VGG's `features` cut behind five activations, LPIPS's weight of each channel there, and its input scaling.
 
     features: layers as in torchvision's VGG16 (any widths). channel_weights: five tensors (c,) or (1, c, 1, 1).
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, features: nn.Sequential, channel_weights: Sequence[Tensor]) -> None:
         super().__init__()
         starts = (0, *_TAPS[:-1])
         self.slices = nn.ModuleList(features[start:end] for start, end in zip(starts, _TAPS, strict=True))
         self.channel_weights = nn.ParameterList(weight.detach().flatten() for weight in channel_weights)
+        _register_channels(self, shift=_SHIFT, scale=_SCALE)
+
+    def scaled(self, images: Tensor) -> Tensor:
+        """[0, 1] to what the networks of LPIPS were trained on."""
+        scaled: Tensor = (images.float() * 2 - 1 - self.shift) / self.scale
+        return scaled
+
+
+def _register_channels(module: nn.Module, **values: tuple[float, float, float]) -> None:
+    for name, value in values.items():
+        module.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
 
 class LPIPS(nn.Module):
@@ -59,7 +73,7 @@ class LPIPS(nn.Module):
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         network = self._network.on(images.device)
-        real, fake = _scaled(images.detach()), _scaled(reconstruction)
+        real, fake = network.scaled(images.detach()), network.scaled(reconstruction)
         distance = fake.new_zeros(len(fake))
         for layers, weight in zip(network.slices, network.channel_weights, strict=True):
             with torch.no_grad():
@@ -69,11 +83,6 @@ class LPIPS(nn.Module):
             difference = (_direction(fake) - real_direction).square().mean(dim=(2, 3))
             distance = distance + (weight * difference).sum(dim=1)
         return distance
-
-
-def _scaled(images: Tensor) -> Tensor:
-    shift, scale = (images.new_tensor(values).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
-    return (images.float() * 2 - 1 - shift) / scale
 
 
 def _direction(features: Tensor) -> Tensor:
@@ -91,7 +100,7 @@ class ConvNeXtLogits(nn.Module):
 
     def __init__(self, *, weights: str | None = None, network: nn.Module | None = None) -> None:
         super().__init__()
-        self._network = Frozen(_convnext_small(weights) if network is None else network)
+        self._network = Frozen(_Normalised(_convnext_small(weights) if network is None else network))
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         with torch.no_grad():
@@ -104,9 +113,24 @@ class ConvNeXtLogits(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """(b, 1000) of images in [0, 1] at any size."""
-        mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (_IMAGENET_MEAN, _IMAGENET_STD))
-        logits: Tensor = self._network.on(images.device)((self.resize(images) - mean) / std)
+        logits: Tensor = self._network.on(images.device)(self.resize(images))
         return logits
+
+
+class _Normalised(nn.Module):
+    """A network behind ImageNet's mean and standard deviation."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        _register_channels(self, mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = self.network((images - self.mean) / self.std)
+        return result
 
 
 class LPIPSAndConvNeXt(nn.Module):
