@@ -1,7 +1,7 @@
 """Exports: a folder that holds one model, which `smalti.load` gives back.
 
 model.safetensors   the weights, under our names
-config.json         {"model": name and arguments, "spec", "fingerprint", "smalti_version", and METADATA}
+config.json         {"model": name and arguments, "spec", "fingerprint", "smalti_version", and metadata}
 README.md           a model card
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="Tokenizer")
 
-METADATA = {
+METADATA = {  # what an export says of itself beside that; further keys (plain JSON values) are kept and shown too
     "title": "one line: what the model is",
     "source": "where the weights come from: a run, or a published checkpoint",
     "licence": "under which licence they may be used",
@@ -37,6 +37,7 @@ METADATA = {
     "results": "measured figures, {name: value or sentence}",
     "picture": "path of a PNG to show on the card; it is copied into the folder",
 }
+_OURS = {"model", "spec", "smalti_version", "fingerprint"}
 _FILES = ("model.safetensors", "README.md", "config.json")  # config.json last: without it a folder is no export
 _CONVERT = "published TiTok files are converted by `python export.py source=titok checkpoint=FILE output=DIR`"
 
@@ -52,11 +53,12 @@ def fingerprint(model: Tokenizer) -> str:
 
 def save(model: Tokenizer, folder: Path, metadata: dict[str, Any]) -> None:
     """Write the three files, each under a temporary name first; raises UserError where that is not possible."""
-    unknown = metadata.keys() - METADATA.keys()
-    if unknown:
-        raise ValueError(f"metadata has unknown keys {sorted(unknown)}; known: {', '.join(METADATA)}")
     known = {**model.metadata, **metadata}
+    if taken := known.keys() & _OURS:
+        raise ValueError(f"metadata must not have {sorted(taken)}: that is written from the model itself")
     picture = known.get("picture")
+    if not (picture and Path(picture).is_file()):
+        picture = None
     config = {
         "model": describe(model),
         "spec": model.spec.to_dict(),
@@ -117,7 +119,7 @@ def load(name: str, cls: type[Model], hub: dict[str, Any]) -> Model:
             f"{file} does not have the fingerprint that config.json states: it is damaged, or from another export; "
             "export the model again, or download both files again"
         )
-    model.metadata = {key: config[key] for key in METADATA if key in config}
+    model.metadata = {key: value for key, value in config.items() if key not in _OURS}
     if "picture" in model.metadata:
         model.metadata["picture"] = str(folder / model.metadata["picture"])
     return model.eval()
@@ -184,8 +186,8 @@ def _card(config: dict[str, Any]) -> str:
     if spec["kind"] == "discrete":
         tokens = f"{spec['length']} tokens of {spec['codebook_size']:,} codes"
     text = "" if spec["condition"] == "none" else ", text=states"
-    facts = {key.replace("_", " "): config.get(key) for key in ("source", "licence", "training_data", "preprocessing")}
-    facts |= {"fingerprint": f"`{config['fingerprint']}`", "smalti": config["smalti_version"]}
+    shown_elsewhere = {"model", "spec", "title", "results", "picture"}
+    facts = {key.replace("_", " "): _words(value) for key, value in config.items() if key not in shown_elsewhere}
     licence = str(config.get("licence") or "")
     lines = [
         "---",
@@ -207,10 +209,16 @@ def _card(config: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in facts.items() if value),
+        *(f"| {key} | {value} |" for key, value in facts.items()),
         "",
     ]
     if config.get("results"):
         results = [f"| {key} | {value} |" for key, value in config["results"].items()]
         lines += ["| measured | |", "|---|---|", *results, ""]
     return "\n".join(lines)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_words(item)}" for key, item in value.items())
+    return str(value)

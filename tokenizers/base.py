@@ -39,6 +39,7 @@ class Tokenizer(nn.Module, PyTorchModelHubMixin, metaclass=Described):
 
     spec: TokenSpec
     quantizer: Quantizer
+    arguments: dict[str, Any]  # of the constructor, kept by `Described`
 
     def __init__(self) -> None:
         super().__init__()

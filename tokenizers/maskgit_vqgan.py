@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class MaskGITVQGAN(Tokenizer):
                 f"image_size={image_size} is not a multiple of {factor} (channel_mult has {len(channel_mult)} levels); "
                 f"use {below} or {below + factor}"
             )
-        sizes = {"channels": channels, "channel_mult": channel_mult, "num_res_blocks": num_res_blocks}
+        sizes: dict[str, Any] = {"channels": channels, "channel_mult": channel_mult, "num_res_blocks": num_res_blocks}
         self.encoder = PixelEncoder(dim=quantizer.input_dim, shortcut=shortcut, **sizes)
         self.quantizer = quantizer
         self.decoder = PixelDecoder(dim=quantizer.dim, shortcut=shortcut, **sizes)
@@ -64,7 +65,7 @@ class MaskGITVQGAN(Tokenizer):
         )
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight that makes the pixels, for adversarial terms that are weighed by gradients."""
         return self.decoder.conv_out.weight
 
@@ -113,7 +114,7 @@ class PixelEncoder(nn.Module):
         widths = [channels * mult for mult in channel_mult]
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1, bias=False)
         self.down = nn.ModuleList(
-            _level(before, width, num_res_blocks, shortcut)
+            Level(before, width, num_res_blocks, shortcut)
             for before, width in zip([channels, *widths[:-1]], widths, strict=True)
         )
         self.mid = nn.Sequential(*(ResidualBlock(widths[-1], widths[-1], shortcut) for _ in range(num_res_blocks)))
@@ -122,9 +123,9 @@ class PixelEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for level, layers in enumerate(self.down):
-            x = layers["block"](x)
-            if level < len(self.down) - 1:
+        for index, level in enumerate(self.down):
+            x = level(x)
+            if index < len(self.down) - 1:
                 x = F.avg_pool2d(x, 2)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
@@ -146,20 +147,16 @@ class PixelDecoder(nn.Module):
         self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
         self.mid = nn.Sequential(*(ResidualBlock(widths[-1], widths[-1], shortcut) for _ in range(num_res_blocks)))
         self.up = nn.ModuleList(
-            _level(before, width, num_res_blocks, shortcut)
-            for before, width in zip([*widths[1:], widths[-1]], widths, strict=True)
+            Level(before, width, num_res_blocks, shortcut, upsample=index > 0)
+            for index, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
-        for level in range(1, len(widths)):
-            self.up[level]["upsample_conv"] = nn.Conv2d(widths[level], widths[level], 3, padding=1)
         self.norm_out = _norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
-        for layers in reversed(self.up):
-            x = layers["block"](x)
-            if "upsample_conv" in layers:
-                x = layers["upsample_conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        for level in reversed(self.up):
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -179,20 +176,32 @@ class ResidualBlock(nn.Module):
         self.norm2 = _norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.published = shortcut == "published"
-        if channels != width:
+        self.same_width = channels == width
+        if not self.same_width:
             self.nin_shortcut = nn.Conv2d(width if self.published else channels, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         f = self.conv1(F.silu(self.norm1(x)))
         f = self.conv2(F.silu(self.norm2(f)))
-        if not hasattr(self, "nin_shortcut"):
+        if self.same_width:
             return x + f
         return self.nin_shortcut(f if self.published else x) + f
 
 
-def _level(channels: int, width: int, blocks: int, shortcut: str) -> nn.ModuleDict:
-    pairs = pairwise([channels] + [width] * blocks)
-    return nn.ModuleDict({"block": nn.Sequential(*(ResidualBlock(before, after, shortcut) for before, after in pairs))})
+class Level(nn.Module):
+    """The residual blocks of one resolution; then, in the decoder, pixels doubled and a 3×3 convolution."""
+
+    def __init__(self, channels: int, width: int, blocks: int, shortcut: str, upsample: bool = False) -> None:
+        super().__init__()
+        pairs = pairwise([channels] + [width] * blocks)
+        self.block = nn.Sequential(*(ResidualBlock(before, after, shortcut) for before, after in pairs))
+        self.upsample = upsample
+        if upsample:
+            self.upsample_conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest")) if self.upsample else x
 
 
 def _norm(channels: int) -> nn.GroupNorm:

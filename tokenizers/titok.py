@@ -139,11 +139,13 @@ class TiTok(Tokenizer):
         )
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The last weight before the output, for adversarial terms that are weighed by gradients."""
         if self.head == "soft_codes":
             return self.pixel_decoder.conv_out.weight
-        return self.decoder.conv_out.weight if self.head == "pixels" else self.decoder.ffn[2].weight
+        last = self.decoder.conv_out if self.head == "pixels" else self.decoder.ffn[2]
+        assert isinstance(last.weight, Tensor)
+        return last.weight
 
     @torch.inference_mode()
     def encode(self, images: Tensor, *, draws: Draws | None = None) -> Tokens:

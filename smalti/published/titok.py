@@ -363,10 +363,10 @@ def _read_config(file: Path) -> dict[str, Any]:
         )
     except Exception as error:  # OSError, JSON's, and YAML's own
         raise UserError(f"config={file} cannot be read ({_reason(error)}); check the file") from error
-    if isinstance(config, dict) and isinstance(config.get("model"), dict) and "vq_model" in config["model"]:
-        return config
-    if isinstance(config, dict) and "vqgan" in config:
-        return config
+    if isinstance(config, dict):
+        settings = {str(key): value for key, value in config.items()}
+        if "vqgan" in settings or "vq_model" in (settings.get("model") or {}):
+            return settings
     raise UserError(f"config={file} has no model.vq_model: it is not a published TiTok configuration; check the file")
 
 

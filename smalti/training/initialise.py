@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from smalti.errors import UserError
@@ -30,6 +31,7 @@ _LATENTS = (
 )
 
 
+@torch.no_grad()
 def initialise(tokenizer: Tokenizer, path: str | Path, teacher_path: str | Path | None = None) -> list[str]:
     """Load the export in `path` into `tokenizer`; returns what had to be changed, in sentences.
 
@@ -57,6 +59,7 @@ def initialise(tokenizer: Tokenizer, path: str | Path, teacher_path: str | Path 
     return _copy(tokenizer, source)
 
 
+@torch.no_grad()
 def hand_over(
     tokenizer: TiTok,
     stage1: TiTok,
@@ -87,7 +90,7 @@ def hand_over(
             )
     notes = _copy(tokenizer, stage1)
     tokenizer.pixel_decoder.load_state_dict(teacher.decoder.state_dict())
-    tokenizer.proxy_embedding.data.copy_(teacher.quantizer.embedding)
+    tokenizer.proxy_embedding.data.copy_(teacher.quantizer.lookup(torch.arange(len(tokenizer.proxy_embedding))))
     return notes
 
 
@@ -103,9 +106,7 @@ def _compare(tokenizer: Tokenizer, source: Tokenizer, where: str, free: set[str]
         if key == "pixel_decoder.shortcut":
             ours, its = ours or "input", its or "input"
         if ours != its:
-            raise UserError(
-                f"tokenizer.{key}={ours} but {where} has {its}; set tokenizer.{key}={its}, or leave init_path out"
-            )
+            raise UserError(f"tokenizer.{key}={ours} but {where} has {its}; set tokenizer.{key}={its}")
 
 
 def _copy(tokenizer: Tokenizer, source: Tokenizer) -> list[str]:

@@ -33,6 +33,10 @@ class VectorQuantizer(Quantizer):
     with gradients on, nowhere else; each micro-batch of an accumulated step counts as one.
     """
 
+    codebook_size: int
+    ema_count: Tensor
+    unused_for: Tensor
+
     def __init__(
         self,
         *,
@@ -120,7 +124,6 @@ class VectorQuantizer(Quantizer):
         """Under "restart" (v,) int64, for each code the latent of the batch that it moves to should it be dead."""
         if self.restart_after is None:
             return {}
-        assert self.codebook_size is not None
         count = batch_size * length
         order = torch.randperm(count, generator=generator, device=generator.device)
         return {"restart": order.repeat(-(-self.codebook_size // count))[: self.codebook_size]}
