@@ -48,7 +48,7 @@ class Inception(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images: uint8 (b, 3, h, w). Returns features (b, 2048) and logits (b, 1008), float32."""
-        features, logits = self.network(images)
+        features, logits = self.network(images.to(self.network.fc.weight.device))
         return features, logits
 
 

@@ -35,6 +35,8 @@ def truncate_to_uint8(images: Tensor) -> Tensor:
 
 def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     """PSNR (b,) in dB of each image (b, c, h, w), over its pixels and channels as 8-bit numbers, peak 255."""
+    if images.device.type == "mps":  # which has no float64
+        images, reconstructions = images.cpu(), reconstructions.cpu()
     difference = (to_8_bit(images).double() - to_8_bit(reconstructions).double()) * 255
     mse = reduce(difference**2, "b c h w -> b", "mean").clamp(min=LEAST_MSE)
     return 10 * torch.log10(255**2 / mse)
@@ -59,7 +61,7 @@ class Sums:
     def add(self, **terms: Tensor | float) -> None:
         """Add a term to each named sum, in float64."""
         for name, term in terms.items():
-            self.sums[name] += torch.as_tensor(term).detach().to("cpu", torch.float64)
+            self.sums[name] += torch.as_tensor(term).detach().cpu().double()
 
     def merge(self, other: Self) -> None:
         """Add the sums of another part of the images."""
@@ -84,7 +86,7 @@ class Mean(Sums):
 
     def update(self, values: Tensor) -> None:
         """values: (b,), one an image."""
-        self.add(total=values.detach().double().sum(), count=len(values))
+        self.add(total=values.detach().cpu().double().sum(), count=len(values))
 
     def compute(self) -> float:
         """The mean; NaN of nothing."""
@@ -124,7 +126,7 @@ class FeatureMoments(Sums):
 
     def update(self, features: Tensor) -> None:
         """features: (b, f)."""
-        features = features.detach().to("cpu", torch.float64)
+        features = features.detach().cpu().double()
         self.add(total=features.sum(0), outer=features.T @ features, count=len(features))
 
     @property
@@ -166,7 +168,7 @@ class InceptionScore(Sums):
 
     def update(self, logits: Tensor) -> None:
         """logits: (b, classes), without the bias in the published protocol."""
-        p = logits.detach().to("cpu", torch.float64).softmax(-1)
+        p = logits.detach().cpu().double().softmax(-1)
         self.add(probabilities=p.sum(0), negative_entropy=(p * torch.log(p + SCORE_EPS)).sum(), count=len(p))
 
     def compute(self) -> float:

@@ -46,6 +46,7 @@ FIGURES = {
     "rfid": ("rfid", "inception_score"),
     "codebook": ("codebook_usage", "codebook_entropy", "codebook_perplexity"),
 }
+LPIPS_SIZE = 16  # the least side that VGG16's poolings leave anything of
 
 
 def evaluate(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -66,8 +67,10 @@ def measure(
 ) -> dict[str, Any]:
     """The figures of a tokenizer over a data set; the first process writes and prints them."""
     wanted = _wanted(cfg["metrics"])
+    if cfg["pictures"] < 1:
+        raise UserError(f"pictures={cfg['pictures']} must be at least 1")
     spec = tokenizer.spec
-    lpips, inception, left_out = _networks(wanted, cfg, device)
+    lpips, inception, left_out = _networks(wanted, cfg, device, spec.image_size)
     data = data_for(tokenizer, cfg)
     whole = data.test_loader(images=cfg["images"])
     batches = list(whole.batch_sampler)  # type: ignore[arg-type]
@@ -194,17 +197,23 @@ def _wanted(names: Sequence[str]) -> list[str]:
 
 
 def _networks(
-    wanted: Sequence[str], cfg: Mapping[str, Any], device: torch.device
+    wanted: Sequence[str], cfg: Mapping[str, Any], device: torch.device, image_size: int
 ) -> tuple[MeasuredLPIPS | None, Inception | None, dict[str, str]]:
     """The networks that the wanted figures need, and why those without one are left out."""
     left_out: dict[str, str] = {}
-    lpips = load_lpips(cfg["lpips_weights"]) if "lpips" in wanted else None
-    if "lpips" in wanted and lpips is None:
-        left_out["lpips"] = why_no_lpips()
+    lpips = None
+    if "lpips" in wanted and image_size < LPIPS_SIZE:
+        left_out["lpips"] = f"needs images of at least {LPIPS_SIZE} × {LPIPS_SIZE} pixels"
+    elif "lpips" in wanted:
+        lpips = load_lpips(cfg["lpips_weights"])
+        if lpips is None:
+            left_out["lpips"] = why_no_lpips()
     inception = load_inception(cfg["inception_weights"]) if "rfid" in wanted else None
     if "rfid" in wanted and inception is None:
         left_out["rfid"] = why_no_inception()
-    return lpips, None if inception is None else inception.to(device), left_out
+    if inception is not None and device.type != "mps":  # which has no float64
+        inception.to(device)
+    return lpips, inception, left_out
 
 
 def _split_name(data: DataModule) -> str:

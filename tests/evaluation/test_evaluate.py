@@ -137,6 +137,7 @@ def test_lpips_is_measured_with_weights_of_a_file_and_names_their_hash(config, m
         ("lpips_weights=nowhere.pth", "weights=nowhere.pth is not a file"),
         ("teacher_path=nowhere", "teacher_path=nowhere is not needed"),
         ("data.path=nowhere", "nowhere"),
+        ("pictures=0", "pictures=0 must be at least 1"),
         ("output=/dev/null/x", "output=/dev/null/x cannot be written"),
     ],
 )
