@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from tiny_models import SIDE, tiny_titok, tiny_vqgan
 from smalti.errors import UserError
 from smalti.evaluation import tables
 from smalti.evaluation.run import evaluate
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -89,20 +92,12 @@ def test_batch_size_does_not_change_the_figures(config, model_path, images_path,
 def test_two_processes_give_the_figures_of_one(config, model_path, images_path, tmp_path):
     overrides = [f"model_path={model_path}", f"data.path={images_path}", "batch_size=2", "baselines=true"]
     one = evaluate(config(*overrides, f"output={tmp_path / 'one'}"))
-    program = (
-        "import sys, hydra\n"
-        "from smalti.evaluation.run import evaluate\n"
-        "with hydra.initialize_config_module('smalti.configs', version_base='1.3'):\n"
-        "    config = hydra.compose('evaluate', sys.argv[1:])\n"
-        "evaluate(config)\n"
-    )
-    script = tmp_path / "program.py"
-    script.write_text(program)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "evaluate.py"]
     more = ["data.workers=0", "device=cpu", f"output={tmp_path / 'two'}"]
-    done = subprocess.run([*launcher, *overrides, *more], env=environment, capture_output=True, text=True, timeout=240)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *overrides, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert two["protocol"]["processes"] == 2
