@@ -91,6 +91,7 @@ def test_batch_size_does_not_change_the_figures(config, model_path, images_path,
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(config, model_path, images_path, tmp_path):
     overrides = [f"model_path={model_path}", f"data.path={images_path}", "batch_size=2", "baselines=true"]
+    overrides.append("metrics=[psnr,ssim,codebook]")
     one = evaluate(config(*overrides, f"output={tmp_path / 'one'}"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "evaluate.py"]
     more = ["data.workers=0", "device=cpu", f"output={tmp_path / 'two'}"]
