@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from smalti.training.checkpoint import newest_good
 from smalti.training.draws import seed_of
 from smalti.training.ema import EMAConfig
 from smalti.training.initialise import initialise
-from smalti.training.loggers import build_loggers
+from smalti.training.loggers import build_loggers, close
 from smalti.training.loop import build_trainer, fit
 from smalti.training.optim import OptimConfig
 from smalti.training.tokenizer_module import TokenizerModule
@@ -77,7 +76,10 @@ def train(config: DictConfig) -> dict[str, float]:
         total = trainer_settings["max_steps"] * share["accumulate"]
         return data.train_loader(start, total=total, rank=trainer.global_rank, **share)
 
-    fit(trainer, module, train_loader, newest_good(folder / "checkpoints"))
+    try:
+        fit(trainer, module, train_loader, newest_good(folder / "checkpoints"))
+    finally:
+        close(trainer.loggers)
     results = {name: float(value) for name, value in metrics.last.items() if name.startswith(("loss", "validation/"))}
     if trainer.is_global_zero:
         averaged = module.ema.model
@@ -95,7 +97,8 @@ def build_models(config: DictConfig) -> tuple[Tokenizer, Objective]:
     torch.manual_seed(seed_of("tokenizer", config.seed))
     tokenizer: Tokenizer = instantiate(config.tokenizer, "tokenizer")
     if config.init_path is not None:
-        initialise(tokenizer, config.init_path, teacher_path=config.teacher_path)
+        for note in initialise(tokenizer, config.init_path, teacher_path=config.teacher_path):
+            print(f"init_path={config.init_path}: {note}", flush=True)
     torch.manual_seed(seed_of("objective", config.seed))
     objective: Objective = instantiate(config.objective, "objective")
     return tokenizer, objective
@@ -107,18 +110,15 @@ def device_count(devices: int | str) -> int:
 
 
 def card(settings: dict[str, Any], data: DataModule, results: dict[str, float], folder: Path) -> dict[str, Any]:
-    """What an export says of its making: experiment, scale, data, steps, metrics, preprocessing, picture."""
+    """What an export says of its making; the keys are those of `smalti.exports.METADATA`."""
+    experiment, scale, steps = settings["experiment"], settings["scale"], settings["trainer"]["max_steps"]
+    crop = "ADM centre crop" if data.crop == "adm" else "shorter side resized (bicubic, antialiased), centre crop"
     return {
-        "source": {"experiment": settings["experiment"], "scale": settings["scale"], "stage": settings["stage"]},
-        "steps": settings["trainer"]["max_steps"],
+        "title": f"{experiment} ({scale}) after {steps} steps",
+        "source": f"python train.py experiment={experiment} scale={scale}, run {'/'.join(folder.parts[-2:])}",
         "training_data": data.describe(),
-        "preprocessing": {
-            "image_size": data.image_size,
-            "crop": "adm" if data.crop == "adm" else "center",
-            "resize": "shorter side, bicubic, antialiased",
-            "range": [0, 1],
-        },
-        "metrics": results,
+        "preprocessing": f"RGB in [0, 1], {crop}, {data.image_size} px",
+        "results": results,
         "picture": str(newest_picture(folder)),
     }
 
