@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from smalti.layers.init import init_vit_
 from smalti.layers.positions import table
-from smalti.layers.transformer import Block
+from smalti.layers.transformer import Transformer
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder
 from smalti.tokenizers.quantizers.base import Draws, Quantized, Quantizer
@@ -241,7 +241,7 @@ class Encoder(nn.Module):
         self.positional_embedding = table((image_size // size.patch_size) ** 2 + 1, size.width, std)
         self.latent_token_positional_embedding = table(n, size.width, std)
         self.ln_pre = nn.LayerNorm(size.width)
-        self.transformer = nn.Sequential(*(Block(size.width, size.heads) for _ in range(size.depth)))
+        self.transformer = Transformer(size.width, size.depth, size.heads)
         self.ln_post = nn.LayerNorm(size.width)
         self.conv_out = nn.Linear(size.width, d)
 
@@ -252,8 +252,8 @@ class Encoder(nn.Module):
         patches = rearrange(self.patch_embed(images), "b d h w -> b (h w) d") + positions
         first = (self.class_embedding + class_position).expand(b, -1, -1)
         last = (latent_tokens + self.latent_token_positional_embedding).expand(b, -1, -1)
-        x = self.transformer(self.ln_pre(torch.cat([first, patches, last], dim=1)))
-        x = self.ln_post(x[:, -self.n :])
+        x = self.transformer(self.ln_pre(torch.cat([first, patches, last], dim=1)), keep=slice(-self.n, None))
+        x = self.ln_post(x)
         if self.layout == "legacy":
             # The published code reads the memory of (n, width) as (width, n): every token mixes positions.
             x = x.reshape(b, x.shape[2], self.n).transpose(1, 2)
@@ -287,7 +287,7 @@ class Decoder(nn.Module):
             self.text_positional_embedding = table(text["length"], width, std)
         self.reads_text = text is not None
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = nn.Sequential(*(Block(width, size.heads) for _ in range(size.depth)))
+        self.transformer = Transformer(width, size.depth, size.heads)
         self.ln_post = nn.LayerNorm(width)
         if proxy_codebook_size is None:
             self.ffn = nn.Sequential(nn.Linear(width, size.patch_size**2 * 3))
@@ -308,8 +308,8 @@ class Decoder(nn.Module):
             sequence.append(self.text_proj(self._checked(text).to(latents)) + self.text_positional_embedding)
         elif text is not None:
             raise ValueError("text was given to a decoder that reads none (its spec says condition='none')")
-        x = self.transformer(self.ln_pre(torch.cat(sequence, dim=1)))
-        x = self.ffn(self.ln_post(x[:, 1 : 1 + self.grid**2]))
+        x = self.transformer(self.ln_pre(torch.cat(sequence, dim=1)), keep=slice(1, 1 + self.grid**2))
+        x = self.ffn(self.ln_post(x))
         if self.proxy_codebook_size is not None:
             return rearrange(x, "b (h w) v -> b v h w", h=self.grid)
         p = self.patch_size

@@ -28,13 +28,23 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (b, n, d), returns (b, n, d)."""
-        b, n, d = x.shape
-        # Views of one buffer, never copied: backward keeps the qkv output once.
-        q, k, v = self.qkv(x).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x: Tensor, keep: slice | None = None) -> Tensor:
+        """x: (b, n, d), returns (b, n, d), or only the tokens in `keep`, which still attend to all."""
+        d = x.shape[-1]
+        if keep is None:
+            # Views of one buffer, never copied: backward keeps the qkv output once.
+            q, k, v = self._heads(self.qkv(x), 3)
+        else:
+            weights, biases = self.qkv.weight.split((d, 2 * d)), self.qkv.bias.split((d, 2 * d))
+            (q,) = self._heads(F.linear(x[:, keep], weights[0], biases[0]), 1)
+            k, v = self._heads(F.linear(x, weights[1], biases[1]), 2)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
             # torch's bfloat16 kernel on CPUs takes 3 times as long backward as its float32 one (b 64, n 128, 4 heads).
             q, k, v = q.float(), k.float(), v.float()
         x = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
-        return self.out(x.transpose(1, 2).reshape(b, n, d))
+        return self.out(x.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(b, n, parts·d) as `parts` views (b, heads, n, d / heads)."""
+        b, n, width = x.shape
+        return x.view(b, n, parts, self.heads, width // parts // self.heads).permute(2, 0, 3, 1, 4).unbind(0)

@@ -18,6 +18,24 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, keep: slice | None = None) -> Tensor:
+        """With `keep`, only those tokens come out."""
+        x = (x if keep is None else x[:, keep]) + self.attn(self.ln_1(x), keep)
         return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Sequential):
+    """Blocks in a row. The last one computes only the tokens that are read afterwards.
+
+    With 128 of 385 tokens read, that saves 7 % of eight blocks' multiplications.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int) -> None:
+        super().__init__(*(Block(width, heads) for _ in range(depth)))
+
+    def forward(self, x: Tensor, keep: slice | None = None) -> Tensor:
+        """x: (b, n, width), returns (b, n, width) or the tokens in `keep`."""
+        *before, last = self
+        for block in before:
+            x = block(x)
+        return last(x, keep)
