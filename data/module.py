@@ -80,6 +80,8 @@ class Images(Dataset[dict[str, Any]]):
                 pixels[row] = self.transform(decode_image(sample.image), batch.epoch, number)
             except ValueError as error:
                 raise BadSample(f"{source.place(number)} cannot be decoded: {error}; repair or remove it") from error
+            except UserError as error:
+                raise BadSample(str(error)) from error
             labels.append(sample.label)
             keys.append(source.key(number))
             captions.append(sample.caption or "")
@@ -150,13 +152,9 @@ class DataModule:
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
         if resize is not None and resize < image_size:
-            raise UserError(
-                f"data.resize={resize} is smaller than data.image_size={image_size}; use resize=null or more"
-            )
+            raise UserError(f"data.resize={resize} is smaller than data.image_size={image_size}; use null or more")
         if resize is not None and resize != image_size and crop == "adm":
-            raise UserError(
-                f"data.resize={resize} has no place in data.crop=adm, which resizes itself; use resize=null"
-            )
+            raise UserError(f"data.resize={resize} has no effect with data.crop=adm, which resizes itself; use null")
         self.path, self.val_path, self.val_fraction = _plain(path), _plain(val_path), val_fraction
         self.image_size, self.resize, self.crop, self.flip = image_size, resize or image_size, crop, flip
         self.batch_size, self.remainder, self.workers = batch_size, remainder, workers
@@ -238,10 +236,9 @@ class DataModule:
         parts = accumulate * world_size
         if self.batch_size % parts:
             near = sorted({max(parts, self.batch_size // parts * parts), -(-self.batch_size // parts) * parts})
-            raise UserError(
-                f"data.batch_size={self.batch_size} is not divisible by {world_size} processes x {accumulate} "
-                f"accumulated batches; use {' or '.join(map(str, near))}"
-            )
+            by = f"{world_size} processes" + (f" x {accumulate} accumulated batches" if accumulate > 1 else "")
+            use = " or ".join(map(str, near))
+            raise UserError(f"data.batch_size={self.batch_size} is not divisible by {by}; use {use}")
         return self.batch_size // parts
 
     @cached_property
@@ -270,16 +267,13 @@ class DataModule:
         if not given:
             train, validation = hold_out(source, self.val_fraction)
             return train, validation, validation
-        validation = given.get("validation") or given["test"]
+        validation = given["validation" if "validation" in given else "test"]
         return Split(source), validation, given.get("test", validation)
 
     def _open(self, path: str | list[str], name: str, classes: list[str] | None = None) -> Source:
-        if (
-            isinstance(path, str)
-            and Path(path).expanduser().is_dir()
-            and not any(Path(path).expanduser().glob("*.tar"))
-        ):
-            return FolderSource(Path(path).expanduser(), classes=classes, name=name)
+        folder = _folder(path)
+        if folder is not None and not any(folder.glob("*.tar")):
+            return FolderSource(folder, classes=classes, name=name)
         if isinstance(path, str) and path.endswith(".zip"):
             raise UserError(f"{name}={path} is a zip file; unpack it and give the folder")
         return ShardSource(find_shards(path, name), self.cache)
@@ -337,10 +331,8 @@ def hold_out(source: Source, fraction: float) -> tuple[Split, Split]:
     """
     if len(source) < 2:
         raise UserError(f"{source.place(0)} is the only image; at least two are needed, one of them for validation")
-    hashes = [
-        hashlib.blake2b(source.key(n).encode("utf-8", "surrogateescape"), digest_size=8) for n in range(len(source))
-    ]
-    places = np.array([int.from_bytes(one.digest(), "big") for one in hashes], dtype=np.float64) / 2**64
+    hashes = (hashlib.blake2b(os.fsencode(source.key(n)), digest_size=8).digest() for n in range(len(source)))
+    places = np.array([int.from_bytes(one, "big") / 2**64 for one in hashes])
     held = (places < fraction) | (places == places.min())
     if held.all():
         held = places == places.min()
@@ -349,11 +341,10 @@ def hold_out(source: Source, fraction: float) -> tuple[Split, Split]:
 
 def _split_folders(path: str | list[str]) -> dict[str, Path]:
     """The folders of the splits in a folder that has them: `train`, and any of `val`, `validation`, `test`."""
-    if not isinstance(path, str) or not Path(path).expanduser().is_dir():
+    folder = _folder(path)
+    if folder is None:
         return {}
-    folders = {
-        one.name: one for one in sorted(Path(path).expanduser().iterdir()) if one.is_dir() and one.name[0] != "."
-    }
+    folders = {one.name: one for one in folder.iterdir() if one.is_dir() and not one.name.startswith(".")}
     splits = {name: folders[name] for name in ("train", *_VALIDATION, *_TEST) if name in folders}
     return splits if "train" in splits and (len(splits) > 1 or len(folders) == 1) else {}
 
@@ -372,5 +363,5 @@ def _one_of(name: str, value: str, possible: Sequence[str]) -> None:
         raise UserError(f"data.{name}={value} is not one of {', '.join(possible)}{did_you_mean(str(value), possible)}")
 
 
-def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+def _as_it_is(batch: Any) -> Any:
     return batch

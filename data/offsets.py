@@ -156,7 +156,6 @@ def _members(shard: Path) -> Iterator[tuple[str, str, int, int]]:
                     raise UserError(f"{shard}: sample {key!r} has two members .{kind}; keys end at the first dot")
                 previous[1].add(kind)
                 yield key, kind, member.offset_data, member.size
-                tar.members.clear()  # tarfile keeps every member it has seen
             # A tar ends with blocks of zeros; tarfile takes anything else behind a member for the end as well.
             stream.seek(tar.offset)
             if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -217,7 +217,7 @@ def write_shards(
         raise UserError(f"output={folder} has shards already; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     iterator = iter(samples)
-    entries = []
+    entries: list[dict[str, Any]] = []
     while block := list(islice(iterator, samples_per_shard)):
         entries.append(write_shard(folder / f"{name}-{len(entries):06d}.tar", block))
     return write_index(folder, entries, classes)
@@ -308,9 +308,8 @@ def _main() -> None:
         index = write_image_folder(
             arguments.source, arguments.output, samples_per_shard=arguments.samples_per_shard, seed=arguments.seed
         )
-        print(
-            f"wrote {index.parent}: {sum(entry['nsamples'] for entry in read_index(index.parent)['shardlist'])} samples"
-        )
+        count = sum(entry["nsamples"] for entry in read_index(index.parent)["shardlist"])
+        print(f"wrote {count} samples to {index.parent}")
     else:
         print(f"{verify(arguments.folder)} shards are as index.json says")
 

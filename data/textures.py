@@ -37,7 +37,9 @@ def background(rng: np.random.Generator, side: int) -> tuple[Array, list[Array],
     light = 1 + rng.uniform(0, 0.12) * (math.cos(direction) * (2 * x - 1) + math.sin(direction) * (2 * y - 1))
     ground *= light[..., None]
     if rng.random() < 0.3:  # paper
-        ground += rng.normal(0, rng.uniform(0.008, 0.025), (side, side, 1)).astype(np.float32)
+        # From a generator of its own: how much it draws depends on the size, which nothing else may.
+        grain = np.random.default_rng(rng.integers(2**63)).standard_normal((side, side, 1), dtype=np.float32)
+        ground += rng.uniform(0.008, 0.025) * grain
     return ground, tones, word
 
 
