@@ -20,11 +20,13 @@ class Objective(nn.Module):
     discriminator_start: int = 0  # the step of its first turn, where its own learning-rate schedule begins
 
     @abstractmethod
-    def forward(self, output: TokenizerOutput, images: Tensor, step: int, last_layer: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, output: TokenizerOutput, images: Tensor, step: int, last_layer: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The terms that train the tokenizer (the generator's turn, where there is a discriminator).
 
         images: (b, 3, h, w) in [0, 1]. step: optimizer updates made so far. last_layer: the decoder's last weight,
-        for objectives that weigh the adversarial term by gradients.
+        for objectives that weigh the adversarial term by gradients. The discriminator's parameters get no gradient.
         """
 
     def discriminator_acts(self, step: int) -> bool:

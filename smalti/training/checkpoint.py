@@ -96,7 +96,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     partial = path.with_name(path.name + ".tmp")
     try:
         with partial.open("wb") as file:
-            hashing = _Hashing(file)
+            hashing: Any = _Hashing(file)  # torch.save needs no more of a file than this
             torch.save(checkpoint, hashing)
             file.write(MARK + hashing.digest.hexdigest().encode())
             file.flush()

@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class EMAConfig:
 class EMA(nn.Module):
     """`model`: a copy of the live model whose trainable parameters are averaged; use it directly to encode and decode.
 
-    Parameters that are frozen when the copy is made are shared with the live model, not copied: no memory, no work.
-    Buffers follow the live model's.
+    Parameters that are frozen when the copy is made follow the live ones: they are shared, which costs neither memory
+    nor work, unless updates are rarer than steps. Buffers are copied.
     """
 
     model: nn.Module
@@ -46,26 +46,32 @@ class EMA(nn.Module):
     def __init__(self, live: nn.Module, config: EMAConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = copy.deepcopy(live, {id(p): p for p in live.parameters() if not p.requires_grad})
+        frozen = [parameter for parameter in live.parameters() if not parameter.requires_grad]
+        shared = {id(parameter): parameter for parameter in frozen} if config.update_every == 1 else {}
+        self.model = copy.deepcopy(live, shared)
         self.model.eval().requires_grad_(False)
-        self._live = [p for p in live.parameters() if p.requires_grad]
-        averaged = dict(self.model.named_parameters())
-        self._averaged = [averaged[name] for name, p in live.named_parameters() if p.requires_grad]
-        self._buffers_of = (live, self.model)
+        pairs = list(zip(self.model.parameters(), live.parameters(), strict=True))
+        self._averaged: list[Tensor] = [mine for mine, theirs in pairs if theirs.requires_grad]
+        self._live: list[Tensor] = [theirs for _, theirs in pairs if theirs.requires_grad]
+        self._copied = [(mine, theirs) for mine, theirs in pairs if not theirs.requires_grad and mine is not theirs]
+        self._buffers_of = (self.model, live)
 
     @torch.no_grad()
     def update(self, count: int) -> None:
         """To be called after every optimizer update with the number of updates made so far, this one included."""
         if (count - 1) % self.config.update_every:
             return
-        # average ← average + (1 − decay) · (weights − average); one launch for all parameters
-        torch._foreach_lerp_(self._averaged, self._live, 1 - self.config.at(count))
-        self.copy_buffers()
-
-    def copy_buffers(self) -> None:
-        live, averaged = self._buffers_of
-        for source, target in zip(live.buffers(), averaged.buffers(), strict=True):
-            target.copy_(source)
+        # average ← average − (1 − decay) · (average − weights)
+        weight = 1 - self.config.at(count)
+        if weight == 1:
+            torch._foreach_copy_(self._averaged, self._live)
+        elif weight < 0.5:
+            torch._foreach_lerp_(self._averaged, self._live, weight)  # one launch for all parameters
+        else:  # the first few updates, where lerp takes another formula, which rounds differently
+            torch._foreach_sub_(self._averaged, torch._foreach_sub(self._averaged, self._live), alpha=weight)
+        averaged, live = self._buffers_of
+        for mine, theirs in [*self._copied, *zip(averaged.buffers(), live.buffers(), strict=True)]:
+            mine.copy_(theirs)
 
     def train(self, mode: bool = True) -> EMA:
         """The averaged model stays in evaluation mode."""

@@ -44,7 +44,6 @@ class Guard(nn.Module):
     def begin(self) -> None:
         """A step begins."""
         self._bad = torch.zeros(2, device=self.skipped.device)
-        self._bad[1] = float(self.stop_requested)
         self._before = [tensor.clone() for tensor in self._watched]
 
     def see(self, value: Tensor) -> None:
@@ -55,6 +54,8 @@ class Guard(nn.Module):
     def agree(self) -> Tensor:
         """1 where the step is to be skipped, else 0, the same on every process: `found_inf` of an optimizer."""
         assert self._bad is not None
+        if self.stop_requested:
+            self._bad[1] = 1.0
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._bad, op=dist.ReduceOp.MAX)
         return self._bad[0].clamp(max=1.0)

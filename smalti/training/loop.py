@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -12,9 +13,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch.nn.parallel import DistributedDataParallel
 
 from smalti.errors import Stopped, UserError
 from smalti.training.checkpoint import VerifiedCheckpoints
@@ -44,11 +46,9 @@ def build_trainer(
     """
     if precision not in PRECISIONS:
         raise UserError(f"trainer.precision={precision} is not supported; use one of {', '.join(PRECISIONS)}")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     _silence()
     if strategy in ("auto", "ddp") and (devices * num_nodes > 1 or "TORCHELASTIC_RUN_ID" in os.environ):
-        # Buffers are not broadcast: quantizers reduce what they keep, and the rest is the same everywhere.
-        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        strategy = _ddp()
     trainer = pl.Trainer(
         max_steps=max_steps,
         max_epochs=-1,
@@ -72,7 +72,8 @@ def build_trainer(
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if on_cpu if deterministic is None else deterministic:
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it would write every buffer twice
+        deterministic_mode: Any = torch.utils.deterministic
+        deterministic_mode.fill_uninitialized_memory = False  # it would write every buffer twice
     if not on_cpu:
         torch.set_float32_matmul_precision("high")  # TF32, as published
     # Lightning broadcasts a flag and waits for it before every batch, in case a process got SIGTERM; Guard does that
@@ -96,11 +97,22 @@ def fit(
     try:
         trainer.fit(module, datamodule=_FromStep(train_loader, module), ckpt_path=checkpoint)
     except (Stopped, UserError):
-        if trainer.global_rank > 0 and isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher):
-            if not trainer.strategy.cluster_environment.creates_processes_externally:
-                # Lightning started this process and would kill the first one, whose exit code counts, for a code ≠ 0.
-                sys.exit(0)
+        if trainer.local_rank > 0 and isinstance(_environment_of(trainer), LightningEnvironment):
+            # Lightning started this process, and would kill the first one, whose exit code counts, for a code ≠ 0 here.
+            sys.exit(0)
         raise
+
+
+def _environment_of(trainer: pl.Trainer) -> Any:
+    return getattr(trainer.strategy, "cluster_environment", None)
+
+
+def _ddp() -> DDPStrategy:
+    """Buffers are not broadcast in every forward: quantizers reduce what they keep, the rest is the same everywhere."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
+    return DDPStrategy(**options)
 
 
 class _FromStep(pl.LightningDataModule):
@@ -114,6 +126,8 @@ class _FromStep(pl.LightningDataModule):
 
 def _silence() -> None:
     """Advice of Lightning's that does not apply: loaders, loggers and modes are what they are on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*resuming from a checkpoint that ended before the epoch ended.*",

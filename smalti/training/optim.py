@@ -65,7 +65,7 @@ class Schedule:
     rise_past_end: bool = False
 
     def __call__(self, tick: int) -> float:
-        """The fraction in force in the update after `tick` updates: the first one has rate 0 when there is a warm-up."""
+        """The fraction in force in the update after `tick` updates; with a warm-up the first one has rate 0."""
         if tick < self.warmup:
             return tick / max(1, self.warmup)
         if self.kind == "constant":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smalti.errors import UserError
 from smalti.objectives.base import Objective
+from smalti.objectives.codes import ProxyCodeObjective
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 from smalti.tokenizers.quantizers.base import Draws, Quantizer
 from smalti.training.draws import generator, seed_of
@@ -38,8 +39,8 @@ from smalti.training.optim import (
 class StepOutput:
     """What one micro-batch gave, detached and on its device: nothing here makes the host wait.
 
-    ended: whether it ended a step. step: updates made, this one included. loss: sum of `terms`, those of the generator
-    turn by name, not divided by `accumulate`. discriminator: those of the discriminator's turn, empty when it took none.
+    ended: whether it ended a step. step: updates made, this one included. loss: sum of `terms`, which are those of the
+    tokenizer's turn by name, not divided by `accumulate`. discriminator: those of its turn, empty when it took none.
     statistics: of the quantizer and the objective. norms, rates: gradient norms before clipping and learning rates of
     the update, in the last micro-batch only. indices: (b, n) or (b, n, q), None for continuous tokens. samples: images
     of all processes. finished: `time.perf_counter()` when the host was done with it.
@@ -101,7 +102,7 @@ class TokenizerModule(pl.LightningModule):
         return self.trainer.global_step
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        optimizers = [build_optimizer(self.tokenizer, self.optim, self.optim.lr)]
+        optimizers: list[torch.optim.Optimizer] = [build_optimizer(self.tokenizer, self.optim, self.optim.lr)]
         if self._discriminator_parameters:
             optimizers.append(build_optimizer(self.objective, self.optim, self.optim.discriminator_lr))
         return optimizers
@@ -115,6 +116,10 @@ class TokenizerModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._micro = 0
+        attach: Any = getattr(self.ema.model, "attach_teacher", None)
+        if isinstance(self.objective, ProxyCodeObjective) and attach is not None:
+            # A model that predicts a teacher's codes shows the pictures that the teacher makes of them.
+            attach(self.objective.teacher(self.device))
         self.guard.watch(_mutable(self.tokenizer, self.objective))
         if self.trainer.world_size > 1:
             for tensor in [*self._discriminator_parameters, *self.objective.buffers()]:
@@ -162,8 +167,9 @@ class TokenizerModule(pl.LightningModule):
 
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Reconstructions (b, 3, h, w) in [0, 1] of the averaged model, and its indices; in inference mode."""
-        tokens = self.ema.model.encode(images)
-        return self.ema.model.decode(tokens), tokens.indices
+        averaged = cast(Tokenizer, self.ema.model)
+        tokens = averaged.encode(images)
+        return averaged.decode(tokens), tokens.indices
 
     def draws(self, batch_size: int, step: int, micro: int) -> Draws:
         """The random numbers of a micro-batch: from a generator made anew for (seed, step, rank, micro-batch)."""
@@ -173,8 +179,6 @@ class TokenizerModule(pl.LightningModule):
     def _tokenizer_turn(
         self, output: TokenizerOutput, images: Tensor, step: int, last: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        for parameter in self._discriminator_parameters:
-            parameter.requires_grad_(False)
         terms = self.objective(output, images, step, last_layer=getattr(self.tokenizer, "last_layer", None))
         loss = torch.stack(list(terms.values())).sum()
         self.guard.see(loss)
@@ -188,16 +192,14 @@ class TokenizerModule(pl.LightningModule):
         optimizer = self._optimizers()[0]
         norm = self._clip(optimizer.param_groups)
         self.guard.see(norm)
-        optimizer.optimizer.found_inf = self.guard.agree()
+        _skip_where(self.guard.agree(), optimizer.optimizer)
         lr = learning_rate(self.optim, step, self.max_steps)
-        set_learning_rate(optimizer, lr)
+        set_learning_rate(optimizer.optimizer, lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm, lr
 
     def _discriminator_turn(self, output: TokenizerOutput, images: Tensor, step: int) -> dict[str, Tensor]:
-        for parameter in self._discriminator_parameters:
-            parameter.requires_grad_(True)
         terms = self.objective.discriminator_turn(output, images, step)
         loss = torch.stack(list(terms.values())).sum()
         self.guard.see(loss)
@@ -209,7 +211,7 @@ class TokenizerModule(pl.LightningModule):
         self._average_discriminator_gradients()
         norm = self._clip(optimizer.param_groups)
         self.guard.see(norm)
-        optimizer.found_inf = self.guard.agree()
+        _skip_where(self.guard.agree(), optimizer)
         lr = discriminator_learning_rate(self.optim, step, self.max_steps, self.objective.discriminator_start)
         set_learning_rate(optimizer, lr)
         optimizer.step()
@@ -263,6 +265,11 @@ class TokenizerModule(pl.LightningModule):
     def _frozen_names(self) -> list[str]:
         trained = {id(parameter) for parameter in self._discriminator_parameters}
         return [f"objective.{name}" for name, p in self.objective.named_parameters() if id(p) not in trained]
+
+
+def _skip_where(bad: Tensor, optimizer: Any) -> None:
+    """Where `bad` is 1, the next `step()` of a fused optimizer changes nothing, not even its count of steps."""
+    optimizer.found_inf = bad
 
 
 def _mutable(tokenizer: nn.Module, objective: nn.Module) -> list[Tensor]:

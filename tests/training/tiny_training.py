@@ -6,16 +6,20 @@ Imported by the tests beside it, and run as a script where a test must kill a pr
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from smalti.objectives.adversarial import frozen
 from smalti.objectives.base import Objective
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 from smalti.tokenizers.quantizers.base import Draws, Quantized
@@ -81,7 +85,8 @@ class TinyObjective(Objective):
         terms = {"reconstruction": (output.reconstruction - images).square().mean() * poison}
         terms["size"] = 0.01 * output.quantized.losses["size"]
         if self.discriminator_acts(step):
-            terms["adversarial"] = -0.1 * self.discriminator(output.reconstruction).mean()
+            with frozen(self.discriminator):
+                terms["adversarial"] = -0.1 * self.discriminator(output.reconstruction).mean()
         return terms
 
     def discriminator_acts(self, step: int) -> bool:
@@ -135,6 +140,17 @@ def tiny_loader(
     )
 
 
+class SignalAt(pl.Callback):
+    """SIGTERM to this process when a step begins."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            signal.raise_signal(signal.SIGTERM)
+
+
 def tiny_run(
     folder: Path,
     *,
@@ -156,10 +172,14 @@ def tiny_run(
     loggers: Any = (),
     extra: Any = (),
     sleep_s: float = 0.0,
-    signals: bool = True,
+    stop_at: int | None = None,
     stream: Any = None,
+    checkpoint: Path | None = None,
 ) -> Any:
-    """Train in `folder`, going on from its newest checkpoint; gives the TokenizerModule."""
+    """Train in `folder`, going on from `checkpoint` or its newest one; gives the TokenizerModule.
+
+    Each process leaves the module's state in rank-<number>.pt.
+    """
     from smalti.training.callbacks.checkpointing import Checkpointing
     from smalti.training.callbacks.metrics_csv import MetricsCsv
     from smalti.training.callbacks.progress import ProgressBar
@@ -187,10 +207,10 @@ def tiny_run(
     checkpointing = Checkpointing(folder / "checkpoints", checkpoint_every)
     metrics = MetricsCsv(folder / "metrics.csv", log_every)
     validation = Validation(lambda: tiny_loader(2, 4, 0), every=5)
-    callbacks = [*extra, validation, metrics, checkpointing]
-    if signals:
-        callbacks.append(Signals(checkpointing))
-    callbacks.append(ProgressBar(metrics, stream=stream))
+    callbacks: list[pl.Callback] = [*extra, validation, metrics, checkpointing]
+    callbacks += [Signals(checkpointing), ProgressBar(metrics, stream=stream)]
+    if stop_at is not None:
+        callbacks.insert(0, SignalAt(stop_at))
     trainer = build_trainer(
         max_steps=max_steps, folder=folder, callbacks=callbacks, loggers=loggers, precision=precision,
         accelerator="cpu", devices=devices,
@@ -203,7 +223,8 @@ def tiny_run(
             max_steps * accumulate, size, start, rank=trainer.global_rank, world=trainer.world_size, poisoned=poisoned
         )
 
-    fit(trainer, module, loader, newest_good(folder / "checkpoints"))
+    fit(trainer, module, loader, checkpoint or newest_good(folder / "checkpoints"))
+    torch.save(module.state_dict(), folder / f"rank-{trainer.global_rank}.pt")
     return module
 
 
@@ -216,9 +237,22 @@ def _value(text: str) -> Any:
         return text
 
 
-if __name__ == "__main__":
+def tiny_process(environment: dict[str, str], folder: str, options: dict[str, Any]) -> None:
+    """What a process started by a test runs; leaves with the exit code that a command would."""
     from smalti.errors import run_command
 
-    options = {key: _value(value) for key, _, value in (word.partition("=") for word in sys.argv[2:])}
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    run_command(lambda: tiny_run(Path(sys.argv[1]), **options) and None)
+    slow_save_s = options.pop("slow_save_s", 0.0)
+    if slow_save_s:
+        from smalti.training import checkpoint
+
+        save = checkpoint.save
+        checkpoint.save = lambda *given: (Path(folder, "saving").touch(), time.sleep(slow_save_s), save(*given))[-1]
+    run_command(lambda: tiny_run(Path(folder), **options) and None)
+
+
+if __name__ == "__main__":
+    tiny_process(
+        {}, sys.argv[1], {key: _value(value) for key, _, value in (word.partition("=") for word in sys.argv[2:])}
+    )

@@ -34,11 +34,10 @@ class Checkpointing(pl.Callback):
             return
         guard = pl_module.guard
         if guard.diverged:
-            good = next(iter(list_checkpoints(self.folder)), None)
             raise Diverged(
-                f"training diverged: {guard.streak} steps in a row had a non-finite loss or gradient (trainer.nan_limit="
-                f"{guard.limit}) at step {output.step}; the last good checkpoint is {good or 'none yet'}; try a lower "
-                "optimizer.lr or a smaller optimizer.clip"
+                f"training diverged: the loss or gradient of {guard.streak} steps in a row was not finite "
+                f"(trainer.nan_limit={guard.limit}), the last of them step {output.step}; checkpoints: "
+                f"{self._last_good()}; try a lower optimizer.lr or a smaller optimizer.clip"
             )
         # In a row of skipped steps the weights are those of the checkpoint before, or the reason for the skipping.
         if output.step == pl_module.max_steps or (output.step % self.every == 0 and not guard.streak):
@@ -55,11 +54,12 @@ class Checkpointing(pl.Callback):
         if trainer.world_size > 1:
             failure = trainer.strategy.broadcast(failure)
         if failure is not None:
-            good = next(iter(list_checkpoints(self.folder)), None)
-            raise UserError(
-                f"checkpoint {failure}; the last good one is {good or 'none yet'}; make room and run the same command again"
-            )
+            raise UserError(f"checkpoint {failure}; {self._last_good()}; make room and run the same command again")
         self._saved = trainer.global_step
         if trainer.is_global_zero:
             prune(self.folder, self.keep)
         return path
+
+    def _last_good(self) -> str:
+        newest = list_checkpoints(self.folder)[:1]
+        return f"the last good one is {newest[0]}" if newest else "there is no earlier one"

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ class MetricsCsv(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._settled = checkpoint.get("metrics_since_last_row", {})
+        self._settled = checkpoint["metrics_since_last_row"]
+        self.last = self._table.newest(checkpoint["global_step"])  # of a run that has no step left to do
 
     def _settle(self, trainer: pl.Trainer) -> None:
         """Bring pending figures to the host: one transfer, one reduction."""
@@ -97,20 +98,22 @@ class Table:
 
     def cut_back(self, step: int) -> None:
         """Forget rows after `step` and a row that was being written when the process died."""
-        text = self.path.read_text() if self.path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        rows = list(csv.DictReader(io.StringIO(whole)))
-        kept = [row for row in rows if int(row["step"]) <= step]
-        self._columns = list(rows[0]) if kept else []
+        kept = self._rows(step)
+        self._columns = list(kept[0]) if kept else []
         if kept:
             self._rewrite(kept)
         else:
             self.path.unlink(missing_ok=True)
 
+    def newest(self, step: int) -> dict[str, float]:
+        """The last row up to `step`, without empty fields; empty when there is none."""
+        rows = self._rows(step)
+        return {name: float(value) for name, value in rows[-1].items() if value} if rows else {}
+
     def append(self, row: Mapping[str, float]) -> None:
         new = [name for name in row if name not in self._columns]
         if new:
-            rows: list[dict[str, Any]] = list(csv.DictReader(self.path.open())) if self._columns else []
+            rows = self._rows() if self._columns else []
             self._columns += new
             self._rewrite([*rows, row])
         else:
@@ -123,10 +126,16 @@ class Table:
             with self.path.open("a") as file:
                 os.fsync(file.fileno())
 
+    def _rows(self, step: float = math.inf) -> list[dict[str, str]]:
+        """Whole rows up to `step`."""
+        text = self.path.read_text() if self.path.exists() else ""
+        rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        return [row for row in rows if int(row["step"]) <= step]
+
     def _writer(self, file: Any) -> csv.DictWriter[str]:
         return csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
 
-    def _rewrite(self, rows: list[Any]) -> None:
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         partial = self.path.with_name(self.path.name + ".tmp")
         with partial.open("w", newline="") as file:
             writer = self._writer(file)

@@ -8,8 +8,10 @@ from collections import deque
 from typing import Any, TextIO
 
 import lightning.pytorch as pl
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from smalti.training.callbacks.metrics_csv import MetricsCsv
 from smalti.training.tokenizer_module import StepOutput
@@ -44,9 +46,10 @@ class ProgressBar(pl.Callback):
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[say]}"),
             )
-            self._bar = Progress(*columns, console=Console(file=self.stream), auto_refresh=False)
+            self._bar = Progress(*columns)
             self._bar.add_task("training", total=trainer.max_steps, completed=trainer.global_step, say="")
-            self._bar.start()
+            self._live = Live(self._bar, console=Console(file=self.stream), auto_refresh=False)
+            self._live.start()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -64,8 +67,9 @@ class ProgressBar(pl.Callback):
         if self._bar is not None:
             if now - self._shown_at > 0.25 or output.step == trainer.max_steps:
                 self._shown_at = now
-                say = f"{self._speed(output.step, trainer.max_steps)}  {_numbers(self.metrics.last)}"
-                self._bar.update(self._bar.task_ids[0], completed=output.step, say=say, refresh=True)
+                speed = self._speed(output.step, trainer.max_steps)
+                self._bar.update(self._bar.task_ids[0], completed=output.step, say=speed)
+                self._live.update(Group(self._bar, Text(_numbers(self.metrics.last))), refresh=True)
             return
         row = self.metrics.last
         measured = any(name.startswith("validation/") for name in row)
@@ -86,7 +90,7 @@ class ProgressBar(pl.Callback):
 
     def _close(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            self._live.stop()
             self._bar = None
 
     def _speed(self, step: int, total: int) -> str:
