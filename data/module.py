@@ -192,7 +192,7 @@ class DataModule:
         for sample in self.train.samples.tolist():
             keys.update(os.fsencode(self.train.source.key(sample)) + b"\0")
         return {
-            "name": self.path or "smalti shapes",
+            "name": "smalti shapes" if self.path is None else ", ".join(Path(one).name for one in _listed(self.path)),
             "images": len(self.train),
             "validation_images": len(self.validation),
             "classes": None if self.classes is None else len(self.classes),
@@ -352,6 +352,10 @@ def _split_folders(path: str | list[str]) -> dict[str, Path]:
 def _folder(path: str | list[str]) -> Path | None:
     folder = Path(path).expanduser() if isinstance(path, str) else None
     return folder if folder is not None and folder.is_dir() else None
+
+
+def _listed(path: str | list[str]) -> list[str]:
+    return [path] if isinstance(path, str) else path
 
 
 def _plain(path: str | Sequence[str] | None) -> str | list[str] | None:

@@ -221,6 +221,15 @@ def test_the_embedded_shapes_need_no_path(tmp_path):
     assert data.describe()["name"] == "smalti shapes"
 
 
+def test_the_description_names_the_data_but_no_place_on_this_machine(tmp_path, shard_folder):
+    described = module(shard_folder).describe()
+    assert described["name"] == shard_folder.name
+    assert (described["images"] + described["validation_images"], described["classes"]) == (47, 3)
+    assert described == module(shard_folder, seed=9).describe()
+    write_shards(tmp_path, samples(48))
+    assert module(tmp_path).describe()["fingerprint"] != described["fingerprint"]
+
+
 # What is refused
 
 
