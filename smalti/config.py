@@ -10,12 +10,13 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
@@ -123,9 +124,16 @@ def compose(command: str, overrides: Sequence[str], config_dir: str | None = Non
     return Composed(_resolved(config, choices), choices, changes)
 
 
-def session() -> AbstractContextManager[None]:
-    """Hydra, ready to compose from the configs of the package."""
-    return hydra.initialize_config_module("smalti.configs", version_base="1.3", job_name="smalti")
+@contextmanager
+def session() -> Iterator[None]:
+    """Hydra, ready to compose from the configs of the package; also within a job that Hydra runs."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_module("smalti.configs", version_base="1.3", job_name="smalti"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def parse(command: str, overrides: Sequence[str], config_dir: str | None = None) -> list[Override]:
@@ -134,11 +142,14 @@ def parse(command: str, overrides: Sequence[str], config_dir: str | None = None)
     parsed: dict[str, Override] = {}
     for text in overrides:
         _check_form(command, text)
+        key, _, value = text.partition("=")
         try:
-            override = parser.parse_overrides([text])[0]
+            override = parser.parse_overrides([_quoted_path(parser, key, value) or text])[0]
         except OverrideParseException as error:
-            key, _, value = text.partition("=")
-            reason = str(error).splitlines()[0].removeprefix("LexerNoViableAltException: ")
+            said = [
+                line for line in str(error).splitlines() if not line.startswith(("Error parsing override", "Lexer"))
+            ]
+            reason = said[0].strip(" ^") or "an unexpected character"
             raise UserError(
                 f"{text} cannot be read ({reason}); quote a value with special characters: '{key}=\"{value}\"'"
             ) from error
@@ -276,6 +287,18 @@ def _interpolate(config: DictConfig) -> None:
         OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _quoted_path(parser: OverridesParser, key: str, value: str) -> str | None:
+    """A path with characters that Hydra's grammar refuses (~, parentheses, spaces), in quotes; None when it has none."""
+    if key not in PATHS or not value or value[0] in "'\"[{":
+        return None
+    try:
+        parser.parse_rule(f"{key}={value}", "override")
+        return None
+    except HydraException:
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'{key}="{escaped}"'
 
 
 def _check_form(command: str, text: str) -> None:
@@ -492,12 +515,15 @@ def _check_targets(config: DictConfig) -> None:
 def _check_arguments(part: dict[str, Any], key: str, extra: tuple[str, ...]) -> None:
     """The arguments in a config section are those of the class that it names."""
     target = part["_target_"]
+    refusal = f"{key}._target_={target} is not allowed; a config builds {', '.join(f'{name}*' for name in TARGETS)}"
     if not str(target).startswith(TARGETS):
-        raise UserError(f"{key}._target_={target} is not allowed; a config builds {', '.join(TARGETS)}…")
+        raise UserError(refusal)
     try:
         called = hydra.utils.get_object(target)
     except Exception as error:
         raise UserError(f"{key}._target_={target} cannot be imported: {error}") from error
+    if not f"{getattr(called, '__module__', '')}.".startswith(TARGETS):  # such as smalti.runs.subprocess.run
+        raise UserError(refusal)
     function = called.__init__ if inspect.isclass(called) else called
     parameters = dict(inspect.signature(function).parameters)
     if inspect.isclass(called):

@@ -36,8 +36,8 @@ except ImportError:  # Windows
 
 # Keys (and all below them) that name no run: they say where and how it is computed, not what comes out.
 NOT_IN_NAME = (
-    "output", "run", "resume", "experiment", "launcher", "sweep", "logger", "checkpoint",
-    "data.workers", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accumulate",
+    "output", "run", "resume", "experiment", "launcher", "sweep", "hydra", "logger", "checkpoint",
+    "data.workers", "data.cache", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accumulate",
 )  # fmt: skip
 LONGEST_NAME = 96
 _INHERITED = "SMALTI_RUN"  # the folder that the first process chose, for those that Lightning starts after it
@@ -65,7 +65,7 @@ def words(changes: Mapping[str, Any], scale: str | None = None) -> str:
         name = last if short.count(last) == 1 else key
         text = Path(value).name if isinstance(value, str) and "/" in value else _text(value)
         safe = re.sub(r"[^A-Za-z0-9.+]+", "-", text).strip("-.")
-        exact = exact and safe == text
+        exact = exact and safe == _text(value)
         parts.append(f"{name.replace('/', '.')}-{safe}")
     name = "_".join(parts) or "default"
     if exact and len(name) <= LONGEST_NAME:

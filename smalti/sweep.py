@@ -203,19 +203,10 @@ def _check(parsed: Sequence[Override], jobs: Sequence[Composed], swept: Sequence
 
 def _folder(first: Composed, parsed: Sequence[Override]) -> Path:
     """<output>/sweeps/<experiments>/<the command's overrides in words>: the same command finds the same table."""
-    typed = {
-        override.key_or_group: override.get_value_string()
-        for override in parsed
-        if override.key_or_group != "experiment"
-    }
-    names = [override.get_value_string() for override in parsed if override.key_or_group == "experiment"]
-    name = runs.words(typed, first.choices["scale"] if "scale" not in typed else typed["scale"])
-    return (
-        Path(first.config.output)
-        / "sweeps"
-        / (names[0].replace(",", "+") if names else first.choices["experiment"])
-        / name
-    )
+    typed = {override.key_or_group: override.get_value_string().replace(",", "+") for override in parsed}
+    experiment = typed.pop("experiment", first.choices["experiment"])
+    name = runs.words(typed, typed.get("scale", first.choices["scale"]))
+    return Path(first.config.output) / "sweeps" / experiment / name
 
 
 def _collect(folder: Path, started: float) -> list[dict[str, Any]]:

@@ -51,9 +51,7 @@ def train_once(overrides: Sequence[str], config_dir: str | None = None) -> tuple
         hint = "" if scale == "paper" else "; scale=paper is the published recipe"
         print(f"scale={scale}{hint}. Run folder: {run.folder} ({run.state})", flush=True)
     for key, needed in first.items():
-        print(
-            f"{key} is not given: experiment={needed[0]} is trained first (give {key}=DIR to use an export)", flush=True
-        )
+        print(f"{key} is not given: {needed[0]} is trained first (give {key}=DIR to use an export)", flush=True)
         train_once(needed, config_dir)
     from smalti.training.run import train
 

@@ -1,7 +1,7 @@
 """Write an export: of a run of ours, or of a published checkpoint; the program behind `export.py`.
 
-    python export.py run=runs/titok/tiny output=DIR                the averaged weights of its newest good checkpoint
-    python export.py source=titok checkpoint=FILE output=DIR       a published file (smalti/published/titok.py)
+python export.py run=runs/titok/tiny output=DIR                the averaged weights of its newest good checkpoint
+python export.py source=titok checkpoint=FILE output=DIR       a published file (smalti/published/titok.py)
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def export(config: DictConfig) -> Path:
     output = Path(config.output)
     tokenizer.save_pretrained(output)
     size = sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6
-    print(f"export: {output} ({type(tokenizer).__name__}, {size:.1f} M parameters)\nload:   smalti.load({str(output)!r})")
+    print(
+        f"export: {output} ({type(tokenizer).__name__}, {size:.1f} M parameters)\nload:   smalti.load({str(output)!r})"
+    )
     return output
 
 
