@@ -142,7 +142,8 @@ class VectorQuantizer(Quantizer):
         log_p = (-self._distances(z, codebook) / self.entropy_temperature).log_softmax(-1).flatten(0, 1)
         p = log_p.exp()
         mean = p.mean(0)
-        return mean.xlogy(mean).sum() - (p * log_p).sum(-1).mean()
+        # The bound keeps the gradient finite for codes whose probability underflows to 0.
+        return (mean * mean.clamp(min=1e-20).log()).sum() - (p * log_p).sum(-1).mean()
 
     @torch.no_grad()
     def _update(self, z: Tensor, indices: Tensor, draws: Draws | None) -> None:
