@@ -95,6 +95,7 @@ class MaskGITVQGAN(Tokenizer):
 
     def _pixels(self, latents: Tensor) -> Tensor:
         assert self.spec.grid is not None
+        latents = latents.to(self.decoder.conv_out.weight.dtype)
         return self.decoder(rearrange(latents, "b (h w) d -> b d h w", h=self.spec.grid[0]))
 
 
