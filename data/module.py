@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -319,6 +320,7 @@ class DataModule:
             num_workers=self.workers,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_to_the_run,
             generator=torch.Generator(),  # the loader draws a seed for its workers; not from the global generator
         )
 
@@ -365,6 +367,16 @@ def _plain(path: str | Sequence[str] | None) -> str | list[str] | None:
 def _one_of(name: str, value: str, possible: Sequence[str]) -> None:
     if value not in possible:
         raise UserError(f"data.{name}={value} is not one of {', '.join(possible)}{did_you_mean(str(value), possible)}")
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """A loader's worker outlives signals to the whole process group (Ctrl-C, a cluster's scheduler).
+
+    The run still needs its batches to finish the step; then it ends its workers itself.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -41,6 +41,19 @@ def test_further_signals_during_the_save_do_no_harm(tmp_path: Path, processes: A
     assert damage(checkpoint) is None
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_to_the_whole_group_as_from_ctrl_c_or_a_scheduler_does_not_take_the_loaders_workers(
+    tmp_path: Path, processes: Any, wait_for: Any, number: signal.Signals
+) -> None:
+    [process] = processes.start(tmp_path, own_group=True, workers=2, accumulate=50, **LONG)
+    wait_for((tmp_path / "metrics.csv").exists)
+    os.killpg(process.pid, number)
+    process.join(30)
+    assert process.exitcode == 75
+    with pytest.raises(ProcessLookupError):  # no worker is left behind
+        os.killpg(process.pid, 0)
+
+
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(
     tmp_path: Path, processes: Any, wait_for: Any
 ) -> None:

@@ -6,6 +6,7 @@ Imported by the tests beside it, and run as a script where a test must kill a pr
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from smalti.data.module import leave_signals_to_the_run
 from smalti.objectives.adversarial import frozen
 from smalti.objectives.base import Objective
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
@@ -133,11 +135,17 @@ class FromStart:
 
 
 def tiny_loader(
-    total: int, size: int, start: int, *, rank: int = 0, world: int = 1, poisoned: tuple[int, ...] = ()
+    total: int,
+    size: int,
+    start: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    poisoned: tuple[int, ...] = (),
+    workers: int = 0,
 ) -> DataLoader[Any]:
-    return DataLoader(
-        TinyImages(total * size * world, poisoned), batch_sampler=FromStart(total, size, start, rank, world)
-    )
+    images, batches = TinyImages(total * size * world, poisoned), FromStart(total, size, start, rank, world)
+    return DataLoader(images, batch_sampler=batches, num_workers=workers, worker_init_fn=leave_signals_to_the_run)
 
 
 class SignalAt(pl.Callback):
@@ -173,6 +181,7 @@ def tiny_run(
     extra: Any = (),
     sleep_s: float = 0.0,
     stop_at: int | None = None,
+    workers: int = 0,
     stream: Any = None,
     checkpoint: Path | None = None,
 ) -> Any:
@@ -220,7 +229,13 @@ def tiny_run(
         if sleep_s:
             time.sleep(sleep_s)
         return tiny_loader(
-            max_steps * accumulate, size, start, rank=trainer.global_rank, world=trainer.world_size, poisoned=poisoned
+            max_steps * accumulate,
+            size,
+            start,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            poisoned=poisoned,
+            workers=workers,
         )
 
     fit(trainer, module, loader, checkpoint or newest_good(folder / "checkpoints"))
@@ -242,6 +257,9 @@ def tiny_process(environment: dict[str, str], folder: str, options: dict[str, An
     from smalti.errors import run_command
 
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of one's own
+    if options.pop("own_group", False):
+        os.setsid()
     torch.set_num_threads(1)
     slow_save_s = options.pop("slow_save_s", 0.0)
     if slow_save_s:
