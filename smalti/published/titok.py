@@ -158,9 +158,7 @@ def infer(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
     if "encoder.conv_in.weight" in shapes and "encoder.down.0.block.0.conv1.weight" in shapes:
         return _infer_vqgan(shapes)
     some = ", ".join(sorted(shapes)[:3])
-    raise UserError(
-        f"checkpoint holds neither TiTok nor MaskGIT-VQGAN weights: its names are {some}, …; check the file"
-    )
+    raise UserError(f"checkpoint is neither a TiTok nor a MaskGIT-VQGAN: its names are {some}, …; check the file")
 
 
 def convert(
@@ -332,9 +330,7 @@ def _read(file: Path) -> State:
             f"checkpoint={file} is no file of tensors: it holds pickled objects, which are never run, or it is damaged"
         ) from error
     except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"checkpoint={file} cannot be read ({str(error).splitlines()[0][:150]}); download it again"
-        ) from error
+        raise UserError(f"checkpoint={file} cannot be read ({_reason(error)}); download it again") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
