@@ -189,7 +189,7 @@ def options(group: str, config_dir: str | None = None) -> list[str]:
 
 def groups_of(command: str) -> list[str]:
     """The groups in a command's defaults list, in its order."""
-    defaults = OmegaConf.load(FOLDER / f"{command}.yaml").get("defaults", [])
+    defaults = OmegaConf.select(OmegaConf.load(FOLDER / f"{command}.yaml"), "defaults", default=[])
     names = [str(next(iter(entry))) for entry in defaults if isinstance(entry, (dict, DictConfig))]
     return [name for name in names if " " not in name]
 
@@ -276,7 +276,7 @@ def _switched_on(config: DictConfig, groups: Sequence[Override], config_dir: str
             for folder in _folders(config_dir)
             if (path := folder / key.replace(".", "/") / f"{name}.yaml").is_file()
         )
-        part = OmegaConf.to_container(OmegaConf.load(file))
+        part: Any = OmegaConf.to_container(OmegaConf.load(file))
         lines.append(f"{key}={Override._get_value_element_as_str(part)}")
     return lines
 
@@ -393,8 +393,8 @@ def _select(config: DictConfig, key: str) -> Any:
 def _keys(config: Any, prefix: str = "") -> Iterator[str]:
     """Every dotted key of a config, sections included."""
     if isinstance(config, DictConfig):
-        for name in config:
-            yield prefix + str(name)
+        for name in map(str, config):
+            yield prefix + name
             if not OmegaConf.is_missing(config, name) and not OmegaConf.is_interpolation(config, name):
                 yield from _keys(config[name], f"{prefix}{name}.")
 

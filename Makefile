@@ -1,0 +1,77 @@
+# make demo       a tiny TiTok from nothing: trained, evaluated, exported; prints where its picture and model are
+# make test       tests of a few minutes           make test-all   the slow ones, too
+# make lint       ruff                             make types      mypy
+# make check      lint, types, test: what CI runs  make bench      benchmarks
+# make clean      caches and build products (not .venv, not runs)
+#
+# The first target makes .venv with `python3 -m venv` and pip; nothing else is needed. PYTHON=… picks another Python.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+RUN := runs/titok/tiny
+MODEL := runs/exports/titok-tiny
+# Two test processes with one thread each; ARGS="-k name" picks tests.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint types links check bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//; 1,8p' Makefile
+
+venv: $(READY)
+
+# Made anew only when pyproject.toml changes. Without an NVIDIA GPU, Linux takes PyTorch's CPU build where it can be
+# reached: it is a tenth of the size.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $$($(PYTHON) --version 2>&1) found, Smalti needs Python 3.11 or newer; make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	  { echo "error: python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@echo "setting up .venv (once; some minutes)"
+	@index=""; \
+	if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 && \
+	  $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(CPU_TORCH)/torch/", timeout=5)' 2>/dev/null; \
+	then index="--extra-index-url $(CPU_TORCH)"; fi; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$index -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python train.py experiment=titok scale=tiny
+	$(BIN)/python evaluate.py model_path=$(RUN)/export
+	@rm -rf $(MODEL)
+	$(BIN)/python export.py run=$(RUN) output=$(MODEL)
+	@echo
+	@echo "reconstructions: $(RUN)/export/evaluation/shapes/reconstructions.png"
+	@echo "exported model:  $(MODEL)   in Python: smalti.load('$(MODEL)')"
+
+test: $(READY)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(READY)
+	$(PYTEST) $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Type checkers do not see that smalti/ spans several folders: typings/smalti/ links them together (for tools only).
+links:
+	@mkdir -p typings/smalti
+	@find typings/smalti -type l ! -exec test -e {} \; -delete
+	@for path in tokenizers data configs smalti/*.py $$(dirname smalti/*/__init__.py); do \
+	  link=typings/smalti/$${path##*/}; test -L $$link || ln -s ../../$$path $$link; done
+
+types: $(READY) links
+	MYPYPATH=typings $(BIN)/mypy -p smalti
+
+check: lint types test
+
+bench: $(READY)
+	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
