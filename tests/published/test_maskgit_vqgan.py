@@ -17,7 +17,8 @@ pytestmark = pytest.mark.family("maskgit-vqgan")
 
 @pytest.fixture
 def model(case: Any) -> MaskGITVQGAN:
-    model = build_tokenizer(case.config, case.size_overrides)
+    config = {**case.config, "vqgan": {**case.config["vqgan"], "resolution": case.inputs["image"].shape[-1]}}
+    model = build_tokenizer(config, case.size_overrides)
     assert isinstance(model, MaskGITVQGAN)
     load_published(model, case.weights)
     return model.eval()
@@ -85,7 +86,7 @@ def test_names_translate_there_and_back(case: Any, model: MaskGITVQGAN) -> None:
 
 def test_sizes_are_read_off_the_weights_alone(case: Any, model: MaskGITVQGAN) -> None:
     config, sizes = infer(case.weights)
-    config["vqgan"]["resolution"] = case.config["vqgan"]["resolution"]
+    config["vqgan"]["resolution"] = model.spec.image_size
     inferred = build_tokenizer(config, sizes)
     load_published(inferred, case.weights)
     assert torch.equal(inferred.encode(case.inputs["image"]).latents, model.encode(case.inputs["image"]).latents)
