@@ -183,9 +183,8 @@ def _arrange(rng: np.random.Generator, tones: list[Array]) -> list[Shape]:
     shapes: list[Shape] = []
     for radius in radii:
         kind = CLASSES[int(rng.integers(len(CLASSES)))]
-        taken = [shape.rgb for shape in shapes]
-        colours = [name for name, rgb in COLOURS.items() if all(_differ(np.array(rgb), one) for one in tones + taken)]
-        colour = str(rng.choice(colours)) if colours else "white"
+        free = _standing_off(np.stack(tones + [shape.rgb for shape in shapes]))
+        colour = free[int(rng.integers(len(free)))] if free else "white"
         rgb = (np.array(COLOURS[colour]) * rng.uniform(0.93, 1.05) + rng.uniform(-0.025, 0.025, 3)).clip(0.03, 0.98)
         angle = rng.uniform(-0.6, 0.6) if kind in _UPRIGHT else rng.uniform(-math.pi, math.pi)
         margin = radius * 0.9 + 0.02
@@ -197,9 +196,12 @@ def _arrange(rng: np.random.Generator, tones: list[Array]) -> list[Shape]:
     return shapes
 
 
-def _differ(one: Array, other: Array) -> bool:
-    difference = one - other
-    return bool(difference @ difference > 0.1 and abs(difference @ (0.3, 0.59, 0.11)) > 0.07)
+def _standing_off(taken: Array) -> list[str]:
+    """The names of the colours that differ from all of `taken` (n, 3), in colour and in brightness."""
+    differences = np.array(list(COLOURS.values()))[:, None] - taken
+    colour, brightness = (differences**2).sum(-1), np.abs(differences @ (0.3, 0.59, 0.11))
+    clear = ((colour > 0.1) & (brightness > 0.07)).all(axis=1)
+    return [name for name, is_clear in zip(COLOURS, clear.tolist(), strict=True) if is_clear]
 
 
 def _paint(rng: np.random.Generator, ground: Array, shape: Shape) -> Array:

@@ -226,7 +226,7 @@ def test_the_description_names_the_data_but_no_place_on_this_machine(tmp_path, s
     assert described["name"] == shard_folder.name
     assert (described["images"] + described["validation_images"], described["classes"]) == (47, 3)
     assert described == module(shard_folder, seed=9).describe()
-    write_shards(tmp_path, samples(48))
+    write_shards(tmp_path, samples(60))
     assert module(tmp_path).describe()["fingerprint"] != described["fingerprint"]
 
 
