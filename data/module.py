@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -372,11 +373,21 @@ def _one_of(name: str, value: str, possible: Sequence[str]) -> None:
 def leave_signals_to_the_run(worker: int) -> None:
     """A loader's worker outlives signals to the whole process group (Ctrl-C, a cluster's scheduler).
 
-    The run still needs its batches to finish the step; then it ends its workers itself.
+    The run still needs its batches to finish the step; then it ends its workers itself. torch does so by SIGTERM where
+    a worker has failed: that one, from the parent, must end it, or the run would wait for it for ever.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which says who sent it; elsewhere (macOS) SIGTERM keeps its meaning
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_the_parents_sigterm, daemon=True).start()
+
+
+def _wait_for_the_parents_sigterm() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _as_it_is(batch: Any) -> Any:

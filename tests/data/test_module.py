@@ -1,6 +1,8 @@
 """The loaders of a run: what is in a batch, exact resume, splits, and what is refused before a run begins."""
 
 import pickle
+import subprocess
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -302,6 +304,29 @@ def test_a_corrupt_image_is_named_in_one_line_also_from_a_worker(tmp_path, worke
     place = f"{tmp_path}/shard-000000.tar: sample '000"
     assert str(refused.value).startswith(place) and "cannot be decoded: " in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_command_ends_after_a_worker_met_a_corrupt_image(tmp_path):
+    write_shards(tmp_path, [{"__key__": f"{n:04d}", "jpg": b"\xff\xd8 no image"} for n in range(4)])
+    code = """
+import sys
+from smalti.data.module import DataModule
+from smalti.errors import run_command
+run_command(lambda: list(DataModule(path=sys.argv[1], image_size=16, batch_size=1, workers=1).train_loader()))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
+
+
+def test_a_worker_outlives_signals_that_are_not_its_parents(shard_folder):
+    loader = iter(module(shard_folder, workers=1).train_loader(total=20))
+    (worker,) = loader._workers
+    next(loader)  # it is there and has set its handlers
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        subprocess.run(["kill", f"-{name[3:]}", str(worker.pid)], check=True)
+    assert len(list(loader)) == 19
 
 
 def test_a_corrupt_label_and_a_lost_file_are_named(tmp_path):
