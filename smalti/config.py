@@ -94,18 +94,19 @@ def compose(command: str, overrides: Sequence[str], config_dir: str | None = Non
     own = [override for override in parsed if not override.is_hydra_override()]
     groups = [override for override in own if is_group(override.key_or_group, config_dir)]
     values = [override for override in own if override not in groups]
+    recipe = [override for override in groups if override.key_or_group in ("experiment", "scale")]
     search = search_path(config_dir)
+    chosen = search + _lines(groups + launch)
     with session():
-        recipe = [override for override in groups if override.key_or_group in ("experiment", "scale")]
-        _, of_recipe = _hydra(command, search + _lines(recipe))
-        chosen = search + _lines(groups + launch)
-        before, choices = _hydra(command, chosen)
+        config, choices = before, _ = _hydra(command, chosen)
         if parts := _switched_on(before, groups, config_dir):
             chosen += parts
-            before, _ = _hydra(command, chosen)
+            config, _ = before, _ = _hydra(command, chosen)
+        of_recipe = choices if groups == recipe else _hydra(command, search + _lines(recipe))[1]
         for override in values:
             _check_key(before, override)
-        config, _ = _hydra(command, chosen + _lines(values))
+        if values:
+            config, _ = _hydra(command, chosen + _lines(values))
     _interpolate(config)
     for override in values:
         _check_type(
@@ -290,7 +291,7 @@ def _interpolate(config: DictConfig) -> None:
 
 
 def _quoted_path(parser: OverridesParser, key: str, value: str) -> str | None:
-    """A path with characters that Hydra's grammar refuses (~, parentheses, spaces), in quotes; None when it has none."""
+    """A path with characters that Hydra's grammar refuses (~, parentheses, spaces), in quotes; None if it has none."""
     if key not in PATHS or not value or value[0] in "'\"[{":
         return None
     try:

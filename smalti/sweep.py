@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shutil
 import sys
 import time
 import traceback
@@ -58,7 +59,7 @@ def sweep(line: Line) -> None:
         for first in needed_first(composed, job, line.config_dir).values():
             train_once(first, line.config_dir)
     overrides = [*map(_text, parsed), *search_path(line.config_dir), f"hydra.sweep.dir='{folder.absolute()}'"]
-    started, stopped = time.time(), False
+    started, stopped, lost = time.time(), False, ""
     _driver = True
     try:
         with session():
@@ -72,13 +73,15 @@ def sweep(line: Line) -> None:
     ) as error:  # a launcher that lost a job, a search in which all failed: what is done is still reported
         if not any(folder.glob("job-*.json")):
             raise
-        print(f"the sweep ended early: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        lost = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     finally:
         _driver = False
     records = _collect(folder, started)
     print("\n" + _write_table(folder, records), end="")
     if stopped:
         raise Stopped(f"stopped; what is done is in {folder}/results.md; run the same command again to go on")
+    if lost:
+        raise UserError(f"the sweep ended early ({lost}); what is done is in {folder}/results.md")
     failed = [record for record in records if record["status"] != "done"]
     if failed:
         raise UserError(f"{len(failed)} of {_several(len(records), 'run')} failed; see {folder}/results.md")
@@ -172,6 +175,10 @@ def _check(parsed: Sequence[Override], jobs: Sequence[Composed], swept: Sequence
     if runs.processes() > 1:
         raise UserError(
             "-m under torchrun or srun: every process would sweep; start it once, with launcher=slurm for several GPUs"
+        )
+    if jobs[0].choices.get("launcher") == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise UserError(
+            "launcher=slurm: there is no sbatch and srun here; start it on a SLURM cluster, or launcher=local"
         )
     for key in swept:
         if key in UNSWEEPABLE:

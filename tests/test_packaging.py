@@ -95,8 +95,9 @@ def test_the_version_is_stated_once() -> None:
 
 def test_tokenizers_is_hugging_faces_under_pytest() -> None:
     import diffusers
-    import tokenizers
     import transformers
+
+    import tokenizers
 
     assert "site-packages" in tokenizers.__file__
     assert transformers.PreTrainedTokenizerFast and diffusers.__version__
@@ -121,7 +122,8 @@ def test_tokenizers_is_hugging_faces_under_torchrun(tmp_path: Path) -> None:
 def test_tokenizers_is_hugging_faces_in_a_spawned_data_worker(tmp_path: Path) -> None:
     (tmp_path / "worker_check.py").write_text(
         f"def check(_):\n    scope = {{'ROOT': {str(ROOT)!r}}}\n    exec({CHECK!r}, scope)\n    return 'fine'\n\n\n"
-        "class Checks:\n    def __len__(self):\n        return 1\n\n    __getitem__ = lambda self, index: check(index)\n"
+        "class Checks:\n    def __len__(self):\n        return 1\n\n"
+        "    def __getitem__(self, index):\n        return check(index)\n"
     )
     code = """
 from torch.utils.data import DataLoader

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +20,7 @@ def train(config: DictConfig) -> dict[str, float]:
     if config.optimizer.lr == 0.5:
         raise RuntimeError("the network fell over")
     if config.optimizer.lr == 0.75:
+        time.sleep(3)  # while the others end
         os._exit(9)  # as when memory runs out
     runs.create(config)
     (Path(config.run) / "pid").write_text(str(os.getpid()))
@@ -43,6 +45,12 @@ def run_job(config: DictConfig) -> object:
 ORIGINAL = sweep.run_job
 if __name__ == "__main__":
     import sweep_stub
+
+    if "SUBMITIT_LOCALLY" in os.environ:  # everything as for SLURM, but its own executor for one machine
+        import submitit
+
+        executor = submitit.AutoExecutor
+        submitit.AutoExecutor = lambda cluster, **options: executor(cluster="local", **options)
 
     sweep.run_job = sweep_stub.run_job
     main()

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from smalti import sweep as sweeps
+from smalti.commands import read
 from smalti.errors import Stopped
+from smalti.sweep import sweep
 
 TESTS = Path(__file__).resolve().parent
 
@@ -126,9 +128,9 @@ def test_sweeping_under_torchrun_is_refused(
     assert "-m under torchrun or srun" in call("train", "-m", "seed=1,2").err
 
 
-def launch(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The stub of training, started as a user would."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parents[1]), str(TESTS)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parents[1]), str(TESTS)]), **variables}
     command = [sys.executable, str(TESTS / "sweep_stub.py"), *words]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -141,3 +143,56 @@ def test_the_local_launcher_runs_jobs_in_processes_of_their_own(here: Path) -> N
     assert [row["status"] for row in rows(here)] == ["done", "done", "failed"]
     assert len({path.read_text() for path in here.rglob("pid")}) == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_job_that_dies_is_not_the_end_of_the_table(here: Path) -> None:
+    pytest.importorskip("joblib")
+    done = launch(here, "-m", "launcher=local", "optimizer.lr=1e-4,0.75", "hydra.launcher.n_jobs=2")
+    assert done.returncode == 2 and "error: the sweep ended early (TerminatedWorkerError" in done.stderr
+    assert [row["status"] for row in rows(here)] == ["done"]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> str:
+    """A PATH with programs of SLURM's names."""
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    return f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_without_slurm_its_launcher_is_refused(call: Callable, never_trains: None) -> None:
+    pytest.importorskip("submitit")
+    result = call("train", "-m", "launcher=slurm", "seed=1,2")
+    assert result.code == 2 and "there is no sbatch and srun here" in result.err and result.left == []
+
+
+@pytest.mark.slow
+def test_the_slurm_launchers_jobs_run_under_submitits_own_executor(here: Path, cluster: str) -> None:
+    pytest.importorskip("submitit")
+    words = ["launcher=slurm", "hydra.launcher.gpus_per_node=0", "optimizer.lr=1e-4,3e-4,0.5"]
+    done = launch(here, "-m", *words, PATH=cluster, SUBMITIT_LOCALLY="1")
+    assert done.returncode == 2, done.stderr
+    assert [row["status"] for row in rows(here)] == ["done", "done", "failed"]
+    assert [row["psnr"] for row in rows(here)] == ["19.9999", "19.9997", ""]
+
+
+def test_the_slurm_launcher_asks_for_what_a_job_needs(
+    here: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", cluster)
+    asked: list[str] = []
+
+    def submit(executor: Any, jobs: Any) -> None:
+        asked.append(executor._executor._make_submission_file_text("python job", "1"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submitit.AutoExecutor, "_internal_process_submissions", submit)
+    line = ["launcher=slurm", "trainer.devices=4", "trainer.num_nodes=2", "hydra.launcher.partition=gpu", "seed=1,2"]
+    with pytest.raises(Stopped):
+        sweep(read(["-m", *line]))
+    for option in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--partition=gpu", "--time=1440"):
+        assert f"#SBATCH {option}\n" in asked[0]
+    assert "#SBATCH --signal=USR2@120\n" in asked[0] or "#SBATCH --signal=USR1@120\n" in asked[0]
