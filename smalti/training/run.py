@@ -13,8 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from smalti import runs
 from smalti.config import instantiate
 from smalti.data.module import DataModule
+from smalti.errors import UserError
 from smalti.objectives.base import Objective
+from smalti.objectives.codes import ProxyCodeObjective
 from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.titok import TiTok
 from smalti.training.callbacks.checkpointing import Checkpointing
 from smalti.training.callbacks.metrics_csv import MetricsCsv
 from smalti.training.callbacks.progress import ProgressBar
@@ -101,6 +104,14 @@ def build_models(config: DictConfig) -> tuple[Tokenizer, Objective]:
             print(f"init_path={config.init_path}: {note}", flush=True)
     torch.manual_seed(seed_of("objective", config.seed))
     objective: Objective = instantiate(config.objective, "objective")
+    if isinstance(objective, ProxyCodeObjective) and isinstance(tokenizer, TiTok):
+        teacher, side = objective.teacher(torch.device("cpu")).spec, tokenizer.decoder.grid
+        if (teacher.codebook_size, teacher.grid) != (tokenizer.decoder.proxy_codebook_size, (side, side)):
+            raise UserError(
+                f"teacher_path={config.teacher_path} gives {teacher.length} tokens of {teacher.codebook_size} codes "
+                f"(grid {teacher.grid}), but this model predicts {side} × {side} of "
+                f"{tokenizer.decoder.proxy_codebook_size}; give the teacher of this recipe and image size"
+            )
     return tokenizer, objective
 
 
