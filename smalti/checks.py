@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from smalti.errors import UserError, did_you_mean
 
 SOURCES = ("titok",)  # published code bases that export.py converts
-IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # Rules by the last part of a key, wherever it stands. null is left to the class that takes it.

@@ -7,6 +7,7 @@ python export.py source=titok checkpoint=FILE output=DIR       a published file 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def export(config: DictConfig) -> Path:
 
 def from_run(run: Path) -> Tokenizer:
     """The averaged tokenizer of a run's newest good checkpoint, in evaluation mode, with its origin in `metadata`."""
-    file = checkpoints.newest_good(run / "checkpoints")
+    file = checkpoints.newest_good(run / "checkpoints", say=lambda said: print(said, file=sys.stderr))
     if file is None:
         raise UserError(f"run={run} has no checkpoint yet; train until the first one")
     config = OmegaConf.load(run / "config.yaml")

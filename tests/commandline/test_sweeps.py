@@ -101,13 +101,14 @@ def test_a_sweep_prints_the_configs_of_its_jobs(call: Callable, trained: list) -
 
 def test_a_search_by_optuna_returns_the_metric(call: Callable, trained: list, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
-    words = ["sweep=optuna", "sweep.metric=psnr", "hydra.sweeper.n_trials=3", "optimizer.lr=interval(1e-4,1e-2)"]
+    words = ["sweep=optuna", "sweep.metric=psnr", "hydra.sweeper.n_trials=2", "optimizer.lr=interval(1e-4,1e-2)"]
     result = call("train", "-m", *words)
     assert result.code == 0, result.err
-    assert len(trained) == 3 and len({config.run for config in trained}) == 3
+    assert len(trained) == 2 and len({config.run for config in trained}) == 2
     assert all(row["status"] == "done" for row in rows())
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_after_a_failed_job(call: Callable, trained: list) -> None:
     pytest.importorskip("optuna")
     words = ["sweep=optuna", "sweep.metric=psnr", "hydra.sweeper.n_trials=4", "optimizer.lr=choice(0.5,1e-3)"]
