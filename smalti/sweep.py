@@ -43,7 +43,7 @@ def sweep(line: Line) -> None:
     if not any(override.key_or_group == "trainer.devices" for override in parsed):
         # "auto" would start a process for each GPU from within the sweep; launcher=slurm may ask for several
         parsed += OverridesParser.create().parse_overrides(["trainer.devices=1"])
-    lines = list(_combinations(parsed))
+    lines = list(combinations(parsed))
     jobs = [compose("train", job, line.config_dir) for job in lines]
     if line.print_config:
         for composed in jobs:
@@ -159,7 +159,7 @@ def _product(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
     return list(itertools.product(*columns))
 
 
-def _combinations(parsed: Sequence[Override]) -> Iterable[tuple[str, ...]]:
+def combinations(parsed: Sequence[Override]) -> Iterable[tuple[str, ...]]:
     """The jobs that are checked: all, or of very many those in which one value differs from the first job's."""
     product = _product(parsed)
     if len(product) <= MOST_CHECKED:
