@@ -45,6 +45,15 @@ def test_a_run_that_broke_at_a_step_and_was_started_again_equals_one_that_did_no
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+@pytest.mark.parametrize("titok", ["pixels", "kl", "codes", "soft_codes"])
+def test_titok_goes_on_where_it_broke_in_every_form(tmp_path: Path, assert_same_run: Any, titok: str) -> None:
+    options = {"titok": titok, "gan": 3, "max_steps": 6, "checkpoint_every": 2}
+    tiny_run(tmp_path / "whole", **options)
+    broken_run(tmp_path / "broken", 5, **options)
+    tiny_run(tmp_path / "broken", **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
 @pytest.mark.parametrize("options", [{}, GAN], ids=["plain", "gan"])
 def test_a_run_stopped_by_a_signal_between_checkpoints_and_rows_loses_nothing(
     tmp_path: Path, assert_same_run: Any, options: dict[str, Any]

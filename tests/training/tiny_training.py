@@ -148,6 +148,41 @@ def tiny_loader(
     return DataLoader(images, batch_sampler=batches, num_workers=workers, worker_init_fn=leave_signals_to_the_run)
 
 
+def tiny_titok(kind: str, gan: int | None) -> tuple[Tokenizer, Objective]:
+    """The real method, tiny: "pixels" (one stage, VQ), "kl" (VAE), "codes" (stage 1), "soft_codes" (stage 2)."""
+    from smalti.objectives.adversarial import Adversarial, PatchDiscriminator
+    from smalti.objectives.codes import ProxyCodeObjective
+    from smalti.objectives.pixels import PixelObjective
+    from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
+    from smalti.tokenizers.quantizers.kl import GaussianQuantizer
+    from smalti.tokenizers.quantizers.vq import VectorQuantizer
+    from smalti.tokenizers.titok import TiTok
+
+    tower = {"width": 16, "depth": 1, "heads": 2, "patch_size": 4}
+    codes = VectorQuantizer(codebook_size=16, dim=8, distance="cosine")
+    sizes = {"channels": 32, "channel_mult": [1, 1, 1], "num_res_blocks": 1}
+    options: dict[str, Any] = {}
+    if kind != "kl" and kind != "pixels":
+        options = {"head": kind, "proxy_codebook_size": 12, "freeze_encoder": kind == "soft_codes"}
+    if kind == "soft_codes":
+        options["pixel_decoder"] = {"dim": 8, **sizes}
+    tokenizer = TiTok(
+        image_size=SIDE,
+        num_latent_tokens=4,
+        quantizer=GaussianQuantizer(dim=8) if kind == "kl" else codes,
+        encoder=tower,
+        decoder=tower,
+        position_std=0.5,
+        **options,
+    )
+    if kind == "codes":
+        teacher = MaskGITVQGAN(image_size=SIDE, quantizer=VectorQuantizer(codebook_size=12, dim=8), **sizes)
+        return tokenizer, ProxyCodeObjective(teacher=teacher)
+    discriminator = PatchDiscriminator(hidden_channels=32, num_stages=1)
+    adversarial = None if gan is None else Adversarial(discriminator=discriminator, start=gan)
+    return tokenizer, PixelObjective(adversarial=adversarial, quantizer_weight=1e-3)
+
+
 class SignalAt(pl.Callback):
     """SIGTERM to this process when a step begins."""
 
@@ -181,6 +216,7 @@ def tiny_run(
     extra: Any = (),
     sleep_s: float = 0.0,
     stop_at: int | None = None,
+    titok: str | None = None,
     workers: int = 0,
     stream: Any = None,
     checkpoint: Path | None = None,
@@ -202,8 +238,7 @@ def tiny_run(
 
     torch.manual_seed(0)
     module = TokenizerModule(
-        TinyTokenizer(dropout=dropout, noise=noise),
-        TinyObjective(gan),
+        *(tiny_titok(titok, gan) if titok else (TinyTokenizer(dropout=dropout, noise=noise), TinyObjective(gan))),
         OptimConfig(lr=lr, discriminator_lr=lr / 2, warmup_steps=3, weight_decay=0.05, clip=clip),
         max_steps=max_steps,
         ema=EMAConfig(0.9),
