@@ -82,12 +82,12 @@ def train(case: Any, folder: Path) -> tuple[TokenizerModule, Record]:
     return module, record
 
 
-def published_terms(case: Any, output: StepOutput) -> dict[str, Tensor | float]:
+def published_terms(case: Any, tokenizer: Any, output: StepOutput) -> dict[str, Tensor | float]:
     """A micro-batch's generator turn in the entries of the published loss dictionary."""
     zero = torch.zeros(())
     terms, raw, losses = output.terms, output.statistics, case.config["losses"]
-    frozen = case.config["model"]["vq_model"].get("finetune_decoder", True)  # there the bottleneck's losses count 0
-    cost = case.config["model"]["vq_model"].get("commitment_cost", 0.0)
+    frozen = tokenizer.freeze_encoder  # there the bottleneck's losses count 0
+    cost = getattr(tokenizer.quantizer, "commitment_weight", 0.0)
     quantizer = terms.get("quantizer", zero)
     return {
         "total_loss": output.loss,
@@ -143,7 +143,7 @@ def test_the_published_steps_are_ours(case: Any, tmp_path: Path) -> None:
             compare(f"{turn}/{term}", torch.stack([torch.as_tensor(row[term]).float().mean() for row in rows]))
 
     ended = [output for output in outputs if output.ended]
-    column("generator", [published_terms(case, output) for output in outputs])
+    column("generator", [published_terms(case, module.tokenizer, output) for output in outputs])
     compare("lr/generator", torch.tensor([output.rates["lr"] for output in ended], dtype=torch.float64))
     compare("grad_norm_before_clip/generator", torch.stack([output.norms["grad_norm"] for output in ended]))
     if case.names("discriminator/"):
