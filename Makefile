@@ -13,7 +13,6 @@ RUN := runs/titok/tiny
 MODEL := runs/exports/titok-tiny
 # Two test processes with one thread each; ARGS="-k name" picks tests.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-all lint types links check bench clean
@@ -23,19 +22,14 @@ help:
 
 venv: $(READY)
 
-# Made anew only when pyproject.toml changes. Without an NVIDIA GPU, Linux takes PyTorch's CPU build where it can be
-# reached: it is a tenth of the size.
+# Made anew only when pyproject.toml changes.
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $$($(PYTHON) --version 2>&1) found, Smalti needs Python 3.11 or newer; make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 	  { echo "error: python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	@echo "setting up .venv (once; some minutes)"
-	@index=""; \
-	if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 && \
-	  $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(CPU_TORCH)/torch/", timeout=5)' 2>/dev/null; \
-	then index="--extra-index-url $(CPU_TORCH)"; fi; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$index -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $(READY)
 
 demo: $(READY)

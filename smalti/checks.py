@@ -32,7 +32,7 @@ NOT_NEGATIVE = {  # numbers ≥ 0
     "reconstruction_weight", "perceptual_weight", "quantizer_weight", "commitment_weight", "entropy_weight",
     "lpips_weight", "convnext_weight", "adaptive_weight_max",
 }  # fmt: skip
-ABOVE_ZERO = {"eps", "clip", "position_std"}  # numbers > 0
+ABOVE_ZERO = {"eps", "clip"}  # numbers > 0
 BELOW_ONE = {"betas", "decay"}  # numbers (each, in a list) in [0, 1)
 CHOICES = {
     "resume": ("auto", "never", "must"),

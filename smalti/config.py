@@ -48,7 +48,6 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "validation.images": (int,),
     "optimizer.clip": (float,),
     "logger.wandb": (dict,),
-    "tokenizer.position_std": (float,),
     "objective.logvar_init": (float,),
     "objective.adversarial": (dict,),
     "objective.adversarial.lecam": (dict,),

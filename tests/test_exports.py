@@ -282,7 +282,7 @@ def test_a_file_that_is_no_published_checkpoint_is_one_line(write: Any, message:
 
 
 def test_an_export_of_the_same_sizes_starts_a_training_unchanged(tmp_path: Path) -> None:
-    source, fresh = titok(), titok(position_std=0.5)
+    source, fresh = titok(), titok(init="fan_in")
     assert initialise(fresh, export(source, tmp_path)) == []
     assert all(
         torch.equal(a, b) for a, b in zip(source.state_dict().values(), fresh.state_dict().values(), strict=True)

@@ -25,7 +25,7 @@ PIXEL_DECODER = {"dim": 8, "channels": 32, "channel_mult": [1, 1, 1], "num_res_b
 def titok(**options: Any) -> TiTok:
     torch.manual_seed(0)
     quantizer = VectorQuantizer(codebook_size=16, dim=6)
-    defaults = {"image_size": 16, "num_latent_tokens": 5, "encoder": TOWER, "decoder": TOWER, "position_std": 0.5}
+    defaults = {"image_size": 16, "num_latent_tokens": 5, "encoder": TOWER, "decoder": TOWER, "init": "fan_in"}
     return TiTok(**{"quantizer": quantizer, **defaults, **options})
 
 

@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from smalti.layers.init import init_vit_
+from smalti.layers.init import init_fan_in_, init_vit_
 from smalti.layers.positions import table
 from smalti.layers.transformer import Transformer
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
@@ -69,8 +69,9 @@ class TiTok(Tokenizer):
     head: "pixels"; "codes" (logits over proxy_codebook_size codes of a MaskGIT-VQGAN, no pixels); "soft_codes" (their
     expectation under the logits, through pixel_decoder {dim, channels, channel_mult, num_res_blocks, shortcut}).
     text: {width, length} of the text states that the decoder reads (TA-TiTok), all of them, padding included.
-    position_std: initial scale of position tables, class, mask and latent tokens; null is the published width^−½ of
-    each tower. Short trainings of small models need about 0.5.
+    init: "published": weights of 0.02, tables of width^−½ in each tower. "fan_in", for small models in short trainings:
+    weights of fan_in^−½, tables of 0.5, and patches that start blind to mid-grey, so that contrast and not brightness
+    fills them.
     freeze_encoder: keep encoder, latent tokens and codebook as they are (stage 2).
     """
 
@@ -87,7 +88,7 @@ class TiTok(Tokenizer):
         proxy_codebook_size: int | None = None,
         pixel_decoder: Mapping[str, Any] | None = None,
         text: Mapping[str, int] | None = None,
-        position_std: float | None = None,
+        init: str = "published",
         freeze_encoder: bool = False,
     ) -> None:
         super().__init__()
@@ -95,6 +96,8 @@ class TiTok(Tokenizer):
             raise ValueError(f"num_latent_tokens={num_latent_tokens} is not positive")
         if latent_layout not in ("corrected", "legacy"):
             raise ValueError(f"latent_layout={latent_layout!r} is not known; use 'corrected' or 'legacy'")
+        if init not in ("published", "fan_in"):
+            raise ValueError(f"init={init!r} is not known; use 'published' or 'fan_in'")
         if head not in ("pixels", "codes", "soft_codes"):
             raise ValueError(f"head={head!r} is not known; use 'pixels', 'codes' or 'soft_codes'")
         if (head == "pixels") != (proxy_codebook_size is None):
@@ -107,16 +110,22 @@ class TiTok(Tokenizer):
         dec = Tower.read("decoder", decoder, image_size)
 
         self.head, self.freeze_encoder = head, freeze_encoder
-        std, decoder_std = (tower.width**-0.5 if position_std is None else position_std for tower in (enc, dec))
+        std, decoder_std = (tower.width**-0.5 if init == "published" else 0.5 for tower in (enc, dec))
         self.latent_tokens = table(num_latent_tokens, enc.width, std)
         self.encoder = Encoder(enc, image_size, num_latent_tokens, quantizer.input_dim, latent_layout, std)
         self.quantizer = quantizer
         self.decoder = Decoder(
             dec, image_size, num_latent_tokens, quantizer.dim, proxy_codebook_size, text, decoder_std
         )
-        init_vit_(self.encoder)
-        if text is None:  # published: a decoder that reads text keeps torch's own start
-            init_vit_(self.decoder)
+        if init == "fan_in":
+            init_fan_in_(self.encoder)
+            init_fan_in_(self.decoder)
+            with torch.no_grad():
+                self.encoder.patch_embed.bias -= 0.5 * self.encoder.patch_embed.weight.sum(dim=(1, 2, 3))
+        else:
+            init_vit_(self.encoder)
+            if text is None:  # published: a decoder that reads text keeps torch's own start
+                init_vit_(self.decoder)
         if pixel_decoder is not None:
             assert proxy_codebook_size is not None
             self.pixel_decoder = PixelDecoder(**pixel_decoder)

@@ -21,3 +21,16 @@ def init_vit_(module: nn.Module, std: float = 0.02) -> None:
     for child in module.modules():
         if isinstance(child, SelfAttention):
             nn.init.xavier_uniform_(child.qkv.weight)
+
+
+def init_fan_in_(module: nn.Module) -> None:
+    """Every linear and convolution weight normal with standard deviation fan_in^−½, so that signals keep their scale
+    whatever the width; biases zero.
+
+    For small models in short trainings: 0.02 fits widths of thousands, and at width 64 costs hundreds of steps.
+    """
+    for child in module.modules():
+        if isinstance(child, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(child.weight, std=child.weight[0].numel() ** -0.5)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)

@@ -20,7 +20,7 @@ from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from smalti.tokenizers.titok import TiTok
 
 # Arguments that a new training may choose anew; every other one must be that of the export.
-_FREE = {"image_size", "num_latent_tokens", "position_std", "freeze_encoder"}
+_FREE = {"image_size", "num_latent_tokens", "init", "freeze_encoder"}
 _FREE |= {f"quantizer.{name}" for name in ("commitment_weight", "codebook_weight", "ema_decay", "restart_after")}
 _FREE |= {f"quantizer.{name}" for name in ("entropy_weight", "entropy_temperature")}
 _GRIDS = ("encoder.positional_embedding", "decoder.positional_embedding")

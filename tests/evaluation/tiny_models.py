@@ -18,7 +18,7 @@ def tiny_titok(**other) -> TiTok:
         "quantizer": VectorQuantizer(codebook_size=64, dim=4),
         "encoder": tower,
         "decoder": tower,
-        "position_std": 0.5,
+        "init": "fan_in",
     }
     return TiTok(**{**arguments, **other})
 

@@ -172,7 +172,7 @@ def tiny_titok(kind: str, gan: int | None) -> tuple[Tokenizer, Objective]:
         quantizer=GaussianQuantizer(dim=8) if kind == "kl" else codes,
         encoder=tower,
         decoder=tower,
-        position_std=0.5,
+        init="fan_in",
         **options,
     )
     if kind == "codes":
