@@ -5,6 +5,7 @@ The scripts in the root of a checkout do the same: `python train.py …` is `sma
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 import smalti
 from smalti.errors import UserError, did_you_mean, run_command
+
+# torch's CPU threads sleep where they wait for each other, instead of spinning: beside other work on two cores, tiny
+# training is 8 × as fast (97 against 12 images/s), with the same results. Read when torch is imported, which is later.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMANDS = {
     "train": "train a tokenizer from a recipe (an experiment) on a set of images",
