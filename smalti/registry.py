@@ -31,7 +31,7 @@ class Described(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         instance = super().__call__(*args, **kwargs)
-        bound = inspect.signature(cls.__init__).bind(instance, *args, **kwargs)
+        bound = inspect.signature(type(instance).__init__).bind(instance, *args, **kwargs)
         bound.apply_defaults()
         instance.arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
         return instance

@@ -56,7 +56,7 @@ def sweep(line: Line) -> None:
     count = f"search by {search}" if search else _several(len(_product(parsed)), "run")
     print(f"sweep: {count}; table: {folder}/results.md")
     for job, composed in zip(lines, jobs, strict=True):  # here and once, not by several jobs at the same time
-        for first in needed_first(composed, job, line.config_dir).values():
+        for first, _ in needed_first(composed, job, line.config_dir).values():
             train_once(first, line.config_dir)
     overrides = [*map(_text, parsed), *search_path(line.config_dir), f"hydra.sweep.dir='{folder.absolute()}'"]
     started, stopped, lost = time.time(), False, ""

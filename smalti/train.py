@@ -6,6 +6,7 @@ Nothing heavy is imported before the config is composed and checked, and nothing
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from smalti import runs, usage
@@ -14,7 +15,7 @@ from smalti.commands import Line, print_config, read
 from smalti.config import Composed, compose
 from smalti.errors import UserError, run_command
 
-# Overrides that a run hands on to the one that it needs first (its teacher, its stage 1).
+# Overrides that a run hands on to the one that it needs first (its teacher, its stage 1), which keeps its own length.
 HANDED_ON = ("data", "trainer", "validation", "checkpoint", "logger", "seed", "output", "scale", "teacher_path")
 
 
@@ -41,6 +42,9 @@ def train_once(overrides: Sequence[str], config_dir: str | None = None) -> tuple
     composed = compose("train", overrides, config_dir)
     check_train(composed.config)
     first = needed_first(composed, overrides, config_dir)
+    if first:
+        given = [f"{key}={export}" for key, (_, export) in first.items()]
+        composed = replace(composed, config=compose("train", [*overrides, *given], config_dir).config)
     run = runs.plan(composed)
     if run.state == "finished":
         if runs.rank() == 0:
@@ -50,7 +54,7 @@ def train_once(overrides: Sequence[str], config_dir: str | None = None) -> tuple
     if runs.rank() == 0:
         hint = "" if scale == "paper" else "; scale=paper is the published recipe"
         print(f"scale={scale}{hint}. Run folder: {run.folder} ({run.state})", flush=True)
-    for key, needed in first.items():
+    for key, (needed, _) in first.items():
         print(f"{key} is not given: {needed[0]} is trained first (give {key}=DIR to use an export)", flush=True)
         train_once(needed, config_dir)
     from smalti.training.run import train
@@ -61,14 +65,16 @@ def train_once(overrides: Sequence[str], config_dir: str | None = None) -> tuple
     return str(run.folder), metrics
 
 
-def needed_first(composed: Composed, overrides: Sequence[str], config_dir: str | None) -> dict[str, list[str]]:
-    """The overrides of runs that must come first, by the key that takes their export; sets these keys.
+def needed_first(
+    composed: Composed, overrides: Sequence[str], config_dir: str | None
+) -> dict[str, tuple[list[str], str]]:
+    """Runs that must come first, by the key that takes their export: their overrides and where that export will lie.
 
     An experiment says so by `requires: {teacher_path: {experiment: maskgit_vqgan}}`. Only the tiny scale trains them by
     itself: elsewhere that is hours, and the user's decision.
     """
     config = composed.config
-    first: dict[str, list[str]] = {}
+    first: dict[str, tuple[list[str], str]] = {}
     for key, needed in (config.get("requires") or {}).items():
         if config.get(key) is not None:
             continue
@@ -78,7 +84,9 @@ def needed_first(composed: Composed, overrides: Sequence[str], config_dir: str |
                 f"{key} is required: an export of experiment={name}; make one with `python train.py experiment={name} "
                 f"scale={scale}` or convert a published one with `export.py source=…`, then give {key}=DIR"
             )
-        handed = [text for text in overrides if text.lstrip("+").partition("=")[0].partition(".")[0] in HANDED_ON]
-        first[key] = [f"experiment={name}", *handed]
-        config[key] = str(runs.folder_of(compose("train", first[key], config_dir)) / "export")
+        keys = {text: text.lstrip("+").partition("=")[0] for text in overrides}
+        handed = [text for text, of in keys.items() if of.partition(".")[0] in HANDED_ON and of != "trainer.max_steps"]
+        needed_overrides = [f"experiment={name}", *handed]
+        folder = runs.folder_of(compose("train", needed_overrides, config_dir))
+        first[key] = needed_overrides, str(folder / "export")
     return first

@@ -1,4 +1,4 @@
-"""The recipes: every config composes, `scale=paper` is the published table to the last number, `tiny` runs end to end."""
+"""The recipes: every config composes, and `scale=paper` is the published table to the last number."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STAGE_1 = {
     "tokenizer.quantizer.commitment_weight": 0.25, "objective.quantizer_weight": 1.0, "stage": 1,
 }  # fmt: skip
 STAGE_2 = {
-    "trainer.max_steps": 500_000, "optimizer.betas": [0.9, 0.999], "optimizer.warmup_steps": 5_000,
+    "optimizer.schedule_processes": 8, "trainer.max_steps": 500_000, "optimizer.betas": [0.9, 0.999], "optimizer.warmup_steps": 5_000,
     "tokenizer.latent_layout": "legacy", "tokenizer.head": "soft_codes", "tokenizer.freeze_encoder": True,
     "tokenizer.quantizer.codebook_size": 4096, "tokenizer.quantizer.dim": 12, "tokenizer.quantizer.distance": "cosine",
     "tokenizer.quantizer.commitment_weight": 0.0, "objective.quantizer_weight": 0.0,
@@ -64,7 +64,8 @@ ONE_STAGE = {  # steps and losses as the maintainers name them, the rest as TA-T
     "objective.adversarial.lecam.weight": 0.001, "objective.adversarial.lecam.decay": 0.999,
 }  # fmt: skip
 VQ8K = {
-    "tokenizer.quantizer.codebook_size": 8192, "tokenizer.quantizer.dim": 64, "tokenizer.quantizer.distance": "euclidean",
+    "tokenizer.quantizer.codebook_size": 8192, "tokenizer.quantizer.dim": 64,
+    "tokenizer.quantizer.distance": "euclidean",
     "tokenizer.quantizer.commitment_weight": 0.25, "objective.quantizer_weight": 1.0,
 }  # fmt: skip
 VAE = {"tokenizer.quantizer.dim": 16, "objective.quantizer_weight": 1e-6}

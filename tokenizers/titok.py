@@ -121,6 +121,7 @@ class TiTok(Tokenizer):
             init_fan_in_(self.encoder)
             init_fan_in_(self.decoder)
             with torch.no_grad():
+                assert self.encoder.patch_embed.bias is not None
                 self.encoder.patch_embed.bias -= 0.5 * self.encoder.patch_embed.weight.sum(dim=(1, 2, 3))
         else:
             init_vit_(self.encoder)

@@ -73,7 +73,7 @@ def measure(
     lpips, inception, left_out = _networks(wanted, cfg, device, spec.image_size)
     data = data_for(tokenizer, cfg)
     whole = data.test_loader(images=cfg["images"])
-    batches = list(whole.batch_sampler)  # type: ignore[arg-type]
+    batches: Any = list(whole.batch_sampler)  # type: ignore[arg-type]  # of Batch, which torch types as lists
     output = output_folder(cfg, Path(str(data.path or "shapes")).name)
 
     budget = None if spec.bits is None else -(-round(spec.length * spec.bits) // 8)

@@ -1,0 +1,60 @@
+"""Every experiment at the tiny scale: two steps in two sittings, an export that loads, an evaluation of it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import smalti
+from smalti.config import compose, options
+from smalti.evaluation.run import evaluate
+from smalti.train import train_once
+
+EXPERIMENTS = options("experiment")
+SETTINGS = ["data.size=24", "data.batch_size=4", "data.workers=0", "validation.images=4", "checkpoint.every=1"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recipes")
+
+
+def settings(place: Path, *more: str) -> list[str]:
+    return [f"data.cache={place}/cache", f"output={place}/runs", *SETTINGS, *more]
+
+
+def trained(place: Path, experiment: str, steps: int) -> tuple[Path, Mapping[str, Any]]:
+    """A run of the experiment, of what it requires first: one step, or a second one on top."""
+    run = place / experiment
+    more = [f"experiment={experiment}", f"run={run}", f"trainer.max_steps={steps}"]
+    requires = compose("train", more[:1]).config.get("requires") or {}
+    exports = [f"{key}={trained(place, needed['experiment'], 1)[0]}/export" for key, needed in requires.items()]
+    return run, train_once(settings(place, *more, *exports))[1]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_it_trains_resumes_exports_loads_and_evaluates(experiment: str, place: Path) -> None:
+    trained(place, experiment, 1)
+    run, metrics = trained(place, experiment, 2)
+    with (run / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2"]
+
+    tokenizer = smalti.load(run / "export")
+    tokens = tokenizer.encode(torch.rand(2, 3, 64, 64))
+    assert tokens.latents.shape == (2, tokenizer.spec.length, tokenizer.spec.dim)
+
+    request = [f"model_path={run}/export", f"data.cache={place}/cache", "data.size=24", "data.workers=0"]
+    teacher = OmegaConf.load(run / "config.yaml").teacher_path
+    if teacher is not None and tokenizer.arguments["head"] == "codes":
+        request.append(f"teacher_path={teacher}")
+    report = evaluate(compose("evaluate", [*request, "pictures=1", "metrics=[psnr,codebook]"]).config)
+    assert Path(report["files"]["picture"]).is_file()
+    assert report["protocol"]["images"] == metrics["validation/images"]
+    if tokenizer.arguments.get("head") != "codes":  # training measures those without a teacher's pixels
+        assert report["figures"]["psnr"] == pytest.approx(metrics["validation/psnr"], abs=1e-3)
