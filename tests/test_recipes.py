@@ -42,8 +42,9 @@ STAGE_1 = {
     "tokenizer.quantizer.commitment_weight": 0.25, "objective.quantizer_weight": 1.0, "stage": 1,
 }  # fmt: skip
 STAGE_2 = {
-    "optimizer.schedule_processes": 8, "trainer.max_steps": 500_000, "optimizer.betas": [0.9, 0.999], "optimizer.warmup_steps": 5_000,
-    "tokenizer.latent_layout": "legacy", "tokenizer.head": "soft_codes", "tokenizer.freeze_encoder": True,
+    "optimizer.schedule_processes": 8, "trainer.max_steps": 500_000, "optimizer.betas": [0.9, 0.999],
+    "optimizer.warmup_steps": 5_000, "tokenizer.latent_layout": "legacy", "tokenizer.head": "soft_codes",
+    "tokenizer.freeze_encoder": True,
     "tokenizer.quantizer.codebook_size": 4096, "tokenizer.quantizer.dim": 12, "tokenizer.quantizer.distance": "cosine",
     "tokenizer.quantizer.commitment_weight": 0.0, "objective.quantizer_weight": 0.0,
     "objective.reconstruction": "l2", "objective.reconstruction_weight": 1.0, "objective.perceptual_weight": 0.1,
