@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ def trained(place: Path, experiment: str, steps: int) -> tuple[Path, Mapping[str
     requires = compose("train", more[:1]).config.get("requires") or {}
     exports = [f"{key}={trained(place, needed['experiment'], 1)[0]}/export" for key, needed in requires.items()]
     return run, train_once(settings(place, *more, *exports))[1]
+
+
+def test_a_run_killed_between_its_last_step_and_its_export_is_finished(place: Path) -> None:
+    run, metrics = trained(place, "titok", 2)
+    shutil.rmtree(run / "export")
+    (run / "finished.json").unlink()
+    assert trained(place, "titok", 2)[1] == metrics
+    assert smalti.load(run / "export").spec.kind == "discrete"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

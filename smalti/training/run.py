@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def train(config: DictConfig) -> dict[str, float]:
         fit(trainer, module, train_loader, newest_good(folder / "checkpoints"))
     finally:
         close(trainer.loggers)
-    results = {name: float(value) for name, value in metrics.last.items() if name.startswith(("loss", "validation/"))}
+    results = last_figures(folder / "metrics.csv") if trainer.is_global_zero else {}
     if trainer.is_global_zero:
         averaged = module.ema.model
         assert isinstance(averaged, Tokenizer)
@@ -123,6 +124,7 @@ def device_count(devices: int | str) -> int:
 def card(settings: dict[str, Any], data: DataModule, results: dict[str, float], folder: Path) -> dict[str, Any]:
     """What an export says of its making; the keys are those of `smalti.exports.METADATA`."""
     experiment, scale, steps = settings["experiment"], settings["scale"], settings["trainer"]["max_steps"]
+    picture = newest_picture(folder)
     crop = "ADM centre crop" if data.crop == "adm" else "shorter side resized (bicubic, antialiased), centre crop"
     return {
         "title": f"{experiment} ({scale}) after {steps} steps",
@@ -130,8 +132,15 @@ def card(settings: dict[str, Any], data: DataModule, results: dict[str, float], 
         "training_data": data.describe(),
         "preprocessing": f"RGB in [0, 1], {crop}, {data.image_size} px",
         "results": results,
-        "picture": str(newest_picture(folder)),
+        "picture": None if picture is None else str(picture),
     }
+
+
+def last_figures(path: Path) -> dict[str, float]:
+    """Losses and validation figures of the last row: a run killed after its last step has no others."""
+    with path.open() as file:
+        last = list(csv.DictReader(file))[-1]
+    return {name: float(value) for name, value in last.items() if value and name.startswith(("loss", "validation/"))}
 
 
 def newest_picture(folder: Path) -> Path | None:
