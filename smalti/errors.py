@@ -7,11 +7,13 @@ checkpoint written (run the same command again).
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_STOPPED = 2, 3, 75
+EXIT_BROKEN_PIPE = 141  # as shells report a process that SIGPIPE ended
 
 
 class UserError(Exception):
@@ -48,4 +50,7 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     except Stopped as stop:
         print(" ".join(str(stop).split()), file=sys.stderr)
         sys.exit(stop.exit_code)
+    except BrokenPipeError:  # the reader of our output went away: `train.py --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
     sys.exit(0)

@@ -104,3 +104,9 @@ def test_the_version_is_printed(call: Callable) -> None:
     import smalti
 
     assert call("commands", "--version").out == f"smalti {smalti.__version__}\n"
+
+
+def test_help_into_a_pipe_that_closes_ends_without_a_traceback() -> None:
+    command = f"{sys.executable} train.py --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "" and done.stdout.startswith("train:")
