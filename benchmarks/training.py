@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+# tokenizers.py beside this file must not stand for Hugging Face's package, which Lightning's libraries import.
+sys.path.remove(str(Path(__file__).resolve().parent))
 
 import lightning.pytorch as pl
 import torch
