@@ -39,11 +39,11 @@ def trained(place: Path, experiment: str, steps: int) -> tuple[Path, Mapping[str
     return run, train_once(settings(place, *more, *exports))[1]
 
 
-def test_a_run_killed_between_its_last_step_and_its_export_is_finished(place: Path) -> None:
-    run, metrics = trained(place, "titok", 2)
+def test_a_run_killed_between_its_last_step_and_its_export_is_finished(tmp_path: Path) -> None:
+    run, metrics = trained(tmp_path, "titok", 2)
     shutil.rmtree(run / "export")
     (run / "finished.json").unlink()
-    assert trained(place, "titok", 2)[1] == metrics
+    assert trained(tmp_path, "titok", 2)[1] == metrics
     assert smalti.load(run / "export").spec.kind == "discrete"
 
 
