@@ -2,7 +2,7 @@
 
 Every image becomes (h, w, 3) uint8 RGB: grey is repeated, CMYK converted, 16 bits cut to the high byte, transparency
 laid on white, and a camera's rotation (EXIF) applied. The published loaders ignore EXIF and drop alpha.
-JPEG goes through simplejpeg where it is installed and gives Pillow's pixels bit for bit.
+JPEG goes through simplejpeg where that gives Pillow's pixels bit for bit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
@@ -76,12 +77,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @cache
 def _exact_jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
-    """simplejpeg's decoder, if it is there and its libjpeg agrees with Pillow's on colour and grey files."""
-    try:
-        import simplejpeg
-    except ImportError:
-        return None
-
+    """simplejpeg's decoder, if its libjpeg agrees with Pillow's on colour and grey files."""
     def decode(data: bytes) -> np.ndarray:
         if simplejpeg.decode_jpeg_header(data)[2] not in ("YCbCr", "Gray"):
             raise ValueError("left to Pillow")

@@ -73,8 +73,7 @@ def test_jpeg_pixels_do_not_depend_on_the_fast_decoder(options, monkeypatch):
 
 
 def test_a_fast_decoder_that_differs_is_not_used(monkeypatch):
-    simplejpeg = pytest.importorskip("simplejpeg")
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda data, colorspace: np.zeros((37, 51, 3), np.uint8))
+    monkeypatch.setattr(decode.simplejpeg, "decode_jpeg", lambda data, colorspace: np.zeros((37, 51, 3), np.uint8))
     assert decode._exact_jpeg_decoder.__wrapped__() is None
 
 
