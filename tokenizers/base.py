@@ -21,13 +21,30 @@ class TokenizerOutput:
     """A training forward.
 
     quantized: what the bottleneck gave, with its losses.
-    reconstruction: (b, 3, h, w), not clamped; None for a model that predicts proxy codes only.
+    reconstruction: (b, 3, h, w), not clamped; None for a model that predicts proxy codes or a flow only.
     logits: (b, v, h, w) over the proxy codes of a frozen tokenizer, None for models without.
+    flow: what a decoder that denoises gave, None for others.
     """
 
     quantized: Quantized
     reconstruction: Tensor | None = None
     logits: Tensor | None = None
+    flow: Flow | None = None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One noise level of a rectified flow per image.
+
+    velocity, target: (b, c, h, w) predicted, and noise − clean. sigma: (b,) noise levels in [0, 1], 1 is noise alone.
+    lengths: (b,) tokens that the decoder saw. features: (b, n, d) of an early block, for a representation loss, or None.
+    """
+
+    velocity: Tensor
+    target: Tensor
+    sigma: Tensor
+    lengths: Tensor
+    features: Tensor | None = None
 
 
 class Tokenizer(nn.Module, PyTorchModelHubMixin, metaclass=Described):
@@ -68,6 +85,37 @@ class Tokenizer(nn.Module, PyTorchModelHubMixin, metaclass=Described):
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (b, 3, {side}, {side})")
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}: expected floats in [0, 1], such as images.float() / 255")
+
+    def tokens(self, indices: Tensor) -> Tokens:
+        """Tokens of indices (b, k) or (b, k, q), such as a file or a generator gives, padded to the full length.
+
+        Raises ValueError for a continuous tokenizer, for indices that no code has, and for k < n where prefixes cannot
+        be decoded.
+        """
+        spec = self.spec
+        if spec.codebook_size is None:
+            raise ValueError("continuous tokens have no indices")
+        k = indices.shape[1]
+        if not 1 <= k <= spec.length or (k < spec.length and not spec.prefix_decodable):
+            need = f"1 to {spec.length}" if spec.prefix_decodable else f"{spec.length}"
+            raise ValueError(f"{k} tokens an image: this tokenizer decodes {need}")
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < spec.codebook_size:
+            raise ValueError(f"an index outside of 0 to {spec.codebook_size - 1}")
+        padding = indices.new_zeros(len(indices), spec.length - k, *indices.shape[2:])
+        padded = torch.cat([indices, padding], dim=1)
+        return Tokens.full(self.quantizer.lookup(padded), padded).prefix(k)
+
+    def kept(self, tokens: Tokens) -> Tensor:
+        """(b,) int64: how many tokens of each image to decode.
+
+        Raises ValueError when some are left out and prefixes cannot be decoded.
+        """
+        if not self.spec.prefix_decodable and int(tokens.lengths.min()) < self.spec.length:
+            raise ValueError(
+                f"a prefix of {int(tokens.lengths.min())} tokens, but this tokenizer decodes all {self.spec.length} only: "
+                "it was trained without a regularizer (tokenizer/regularizer=nested_dropout or tail_drop)"
+            )
+        return tokens.lengths
 
     def tokens_to_latents(self, tokens: Tokens) -> Tensor:
         """Latents (b, n, d): looked up where there are indices. Raises ValueError for tokens of another model."""

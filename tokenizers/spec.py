@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -79,3 +79,13 @@ class Tokens:
         """Tokens of which every one is kept."""
         b, n = latents.shape[:2]
         return cls(latents, torch.full((b,), n, dtype=torch.int64, device=latents.device), indices)
+
+    def prefix(self, length: int) -> Tokens:
+        """The same tokens, of which only the first `length` are kept (fewer where fewer were kept before).
+
+        Raises ValueError unless 1 ≤ length ≤ n. Decoding needs a tokenizer whose spec says `prefix_decodable`.
+        """
+        n = self.latents.shape[1]
+        if not 1 <= length <= n:
+            raise ValueError(f"a prefix of {length} tokens: these images have 1 to {n}")
+        return replace(self, lengths=self.lengths.clamp(max=length))

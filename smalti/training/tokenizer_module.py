@@ -172,9 +172,15 @@ class TokenizerModule(pl.LightningModule):
         return averaged.decode(tokens), tokens.indices
 
     def draws(self, batch_size: int, step: int, micro: int) -> Draws:
-        """The random numbers of a micro-batch: from a generator made anew for (seed, step, rank, micro-batch)."""
+        """The random numbers of a micro-batch: from a generator made anew for (seed, step, rank, micro-batch).
+
+        `lengths` stay on the CPU: they decide shapes, and reading them from a GPU would make the host wait.
+        """
         made = self.tokenizer.draw(batch_size, generator("step", self.seed, step, self.global_rank, micro))
-        return {name: value.to(self.device, non_blocking=True) for name, value in made.items()}
+        return {
+            name: value if name == "lengths" else value.to(self.device, non_blocking=True)
+            for name, value in made.items()
+        }
 
     def _tokenizer_turn(
         self, output: TokenizerOutput, images: Tensor, step: int, last: bool
