@@ -20,6 +20,7 @@ _CLASSES: dict[str, str | type] = {
     "maskgit_vqgan": "smalti.tokenizers.maskgit_vqgan:MaskGITVQGAN",
     "vq": "smalti.tokenizers.quantizers.vq:VectorQuantizer",
     "kl": "smalti.tokenizers.quantizers.kl:GaussianQuantizer",
+    "fsq": "smalti.tokenizers.quantizers.fsq:FSQ",
 }
 
 

@@ -1,4 +1,4 @@
-"""Vector and Gaussian quantizers: what they promise, option by option."""
+"""Vector, Gaussian and finite scalar quantizers: what they promise, option by option."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smalti.tokenizers.quantizers.fsq import FSQ
 from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.quantizers.vq import VectorQuantizer
 
@@ -268,3 +269,70 @@ def test_ema_of_two_processes_is_that_of_one_with_the_doubled_batch() -> None:
     alone(latents(6, 5))
     torch.testing.assert_close(first["embedding"], alone.embedding.detach(), atol=1e-6, rtol=1e-5)
     assert torch.equal(first["embedding"], second["embedding"])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=5), st.integers(0, 99))
+def test_every_fsq_index_is_its_own_code_at_any_levels(levels: list[int], seed: int) -> None:
+    fsq = FSQ(levels=levels)
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(fsq.codebook_size, (2, 50), generator=generator)
+    values = fsq.lookup(indices)
+    assert values.abs().max() <= 1
+    half = (fsq.levels // 2).float()
+    # A latent inside of the cell of a code finds that code: undo the bound at the code's own integer.
+    width = (fsq.levels - 1) * (1 + 1e-3) / 2
+    offset = 0.5 * (1 - fsq.levels % 2)
+    latents = (((values * half + offset) / width).double().clamp(-0.9999999, 0.9999999)).atanh()
+    quantized = fsq((latents - (offset / width).double().atanh()).float())
+    assert torch.equal(quantized.indices, indices)
+    assert torch.equal(quantized.latents, values)
+
+
+def test_fsq_reaches_its_end_levels_and_computes_in_float32() -> None:
+    fsq, z = FSQ(levels=[8, 5]), torch.tensor([[[50.0, 50.0], [-50.0, -50.0], [0.0, 0.0]]])
+    expected = torch.tensor([[[0.75, 1.0], [-1.0, -1.0], [0.0, 0.0]]])
+    assert torch.equal(fsq(z).latents, expected)
+    assert fsq(z).indices.tolist() == [[7 + 8 * 4, 0, 4 + 8 * 2]]
+    z = latents(n=200, d=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fsq(z).indices, fsq.double()(z).indices)
+    assert torch.equal(fsq.bfloat16()(z).indices, FSQ(levels=[8, 5])(z).indices)
+
+
+def test_fsq_noise_acts_on_samples_and_only_with_draws() -> None:
+    fsq, z = (
+        FSQ(levels=[8, 5, 5, 8], drop_probability=0.5, corrupt_probability=0.5, corrupt_share=(0.2, 0.9)),
+        latents(64),
+    )
+    clean = FSQ(levels=[8, 5, 5, 8])(z)
+    assert torch.equal(fsq(z).latents, clean.latents)
+    draws = fsq.draw(64, 5, torch.Generator().manual_seed(0))
+    noisy = fsq(z, {name: draws[name] for name in draws if "corrupt" not in name})
+    unrounded = (noisy.latents != clean.latents).flatten(1).any(1)
+    assert torch.equal(unrounded, draws["drop"] < 0.5)
+    assert torch.equal(noisy.indices, clean.indices)
+
+    z = latents(64).requires_grad_()
+    noisy = fsq(z, {name: draws[name] for name in draws if name != "drop"})
+    changed = (noisy.indices != clean.indices).any(1)
+    assert not (changed & (draws["corrupt"] >= 0.5)).any() and changed.any()
+    (gradient,) = torch.autograd.grad(noisy.latents.sum(), z)
+    replaced = noisy.indices != clean.indices
+    assert (gradient[replaced] == 0).all() and (gradient[~changed] != 0).any()
+    torch.testing.assert_close(noisy.latents[replaced], fsq.lookup(noisy.indices[replaced]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"levels": [8, 1]}, "levels="),
+        ({"levels": []}, "levels="),
+        ({"levels": [2] * 70}, "more than an int64"),
+        ({"levels": [8], "drop_probability": 1.5}, "drop_probability=1.5"),
+        ({"levels": [8], "corrupt_share": (0.9, 0.1)}, "corrupt_share="),
+    ],
+)
+def test_fsq_refuses_what_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FSQ(**options)
