@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from smalti.layers.adaln import Attention, FeedForward
 from smalti.layers.attention import SelfAttention
 
 
@@ -32,5 +33,21 @@ def init_fan_in_(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(child.weight, std=child.weight[0].numel() ** -0.5)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+
+
+def init_xavier_(module: nn.Module) -> None:
+    """Every linear weight xavier-uniform, biases zero; matrices that stand in one weight each on their own."""
+    joined = {}
+    for child in module.modules():
+        if isinstance(child, Attention):
+            joined[child.qkv] = 3
+        if isinstance(child, FeedForward) and child.gated:
+            joined[child.fc] = 2
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            for weight in child.weight.data.chunk(joined.get(child, 1)):
+                nn.init.xavier_uniform_(weight)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
