@@ -12,7 +12,7 @@ MODES = ("full", "causal", "causal_last")
 
 @lru_cache(maxsize=64)
 def attention_mask(sizes: tuple[int, ...], mode: str, device: torch.device) -> Tensor | None:
-    """(n, n) bool for parts of the given sizes, n their sum; None where every token sees every other. Made once a shape.
+    """(n, n) bool for parts of the given sizes, n their sum; None where all see all. Made once for a shape.
 
     mode: "full"; "causal": tokens see themselves and what precedes them; "causal_last": all parts but the last see each
     other and nothing of the last, whose tokens see all of them, themselves and what precedes them (FlexTok's encoder).
