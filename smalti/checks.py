@@ -43,7 +43,7 @@ CHOICES = {
     "reconstruction": ("l1", "l2"),
     "latent_layout": ("corrected", "legacy"),
     "head": ("pixels", "codes", "soft_codes"),
-    "mode": ("online", "offline", "disabled"),
+    "wandb.mode": ("online", "offline", "disabled"),
 }
 
 
@@ -176,9 +176,10 @@ def _is_number(value: Any) -> bool:
 def _check_values(values: Mapping[str, Any]) -> None:
     """Signs and ranges, by the last part of each key."""
     for key, value in _leaves(values):
-        name = key.rpartition(".")[2]
-        if name in CHOICES and value is not None and value not in CHOICES[name]:
-            raise UserError(f"{key}={_show(value)} is unknown{_choose(_show(value), CHOICES[name])}")
+        *_, section, name = ("", *key.split("."))
+        choices = CHOICES.get(name) or CHOICES.get(f"{section}.{name}")
+        if choices and value is not None and value not in choices:
+            raise UserError(f"{key}={_show(value)} is unknown{_choose(_show(value), choices)}")
         if name == "betas" and (not isinstance(value, list) or len(value) != 2):
             raise UserError(f"{key}={_show(value)} must be two numbers, such as [0.9,0.999]")
         for number in value if isinstance(value, list) else [value]:

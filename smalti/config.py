@@ -223,7 +223,13 @@ def _folders(config_dir: str | None) -> list[Path]:
 
 
 def _lines(overrides: Sequence[Override]) -> list[str]:
-    return [f"{override.get_key_element()}={override.get_value_element_as_str()}" for override in overrides]
+    """Overrides as Hydra takes them; it leaves out a group (`tokenizer/regularizer=null`) by another sign."""
+    return [
+        f"~{override.key_or_group}"
+        if override.value() is None and is_group(override.key_or_group)
+        else f"{override.get_key_element()}={override.get_value_element_as_str()}"
+        for override in overrides
+    ]
 
 
 def _hydra(command: str, lines: list[str]) -> tuple[DictConfig, dict[str, str]]:
@@ -331,7 +337,7 @@ def _check_option(command: str, override: Override, config_dir: str | None) -> N
         names = value if isinstance(value, list) else [value]
     possible = options(group, config_dir)
     for name in names:
-        if name is None and group in ("launcher", "sweep", "logger"):
+        if name is None and group in ("launcher", "sweep", "tokenizer/regularizer"):
             continue
         if str(name) not in possible:
             hint = did_you_mean(str(name), possible)

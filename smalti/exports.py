@@ -43,8 +43,15 @@ _CONVERT = "published TiTok files are converted by `python export.py source=tito
 
 
 def fingerprint(model: Tokenizer) -> str:
-    """32 hex digits over arguments and weights (names, dtypes, shapes, bytes)."""
-    digest = hashlib.blake2b(json.dumps(describe(model), sort_keys=True).encode(), digest_size=16)
+    """32 hex digits over arguments and weights (names, dtypes, shapes, bytes).
+
+    Arguments at their default leave no trace, so that one which a later version adds changes no fingerprint.
+    """
+    return _digest(describe(model, defaults=False), model)
+
+
+def _digest(description: Any, model: Tokenizer) -> str:
+    digest = hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -114,7 +121,8 @@ def load(name: str, cls: type[Model], hub: dict[str, Any]) -> Model:
             f"{file} is damaged ({_reason(error)}); export the model again, or download it again"
         ) from error
     _load_weights(model, weights, file)
-    if "fingerprint" in config and fingerprint(model) != config["fingerprint"]:
+    # Before arguments at their default were left out, a fingerprint was taken over all that config.json describes.
+    if config.get("fingerprint") not in (None, fingerprint(model), _digest(config["model"], model)):
         raise UserError(
             f"{file} does not have the fingerprint that config.json states: it is damaged, or from another export; "
             "export the model again, or download both files again"

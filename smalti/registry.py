@@ -21,6 +21,8 @@ _CLASSES: dict[str, str | type] = {
     "vq": "smalti.tokenizers.quantizers.vq:VectorQuantizer",
     "kl": "smalti.tokenizers.quantizers.kl:GaussianQuantizer",
     "fsq": "smalti.tokenizers.quantizers.fsq:FSQ",
+    "nested_dropout": "smalti.tokenizers.regularizers:NestedDropout",
+    "tail_drop": "smalti.tokenizers.regularizers:TailDrop",
 }
 
 
@@ -66,14 +68,23 @@ def name_of(module: Any) -> str:
     raise UserError(f"{path} is not registered; call smalti.registry.register(name, {type(module).__name__}) first")
 
 
-def describe(value: Any) -> Any:
-    """A described module (also inside dicts and lists) as plain JSON values: its name and arguments."""
+def describe(value: Any, *, defaults: bool = True) -> Any:
+    """A described module (also inside dicts and lists) as plain JSON values: its name and arguments.
+
+    defaults: also the arguments that have their default value.
+    """
     if isinstance(type(value), Described):
-        return {"name": name_of(value), **{key: describe(argument) for key, argument in value.arguments.items()}}
+        known = {} if defaults else dict(inspect.signature(type(value).__init__).parameters)
+        arguments = {
+            key: describe(argument, defaults=defaults)
+            for key, argument in value.arguments.items()
+            if key not in known or argument != known[key].default
+        }
+        return {"name": name_of(value), **arguments}
     if isinstance(value, dict):
-        return {key: describe(item) for key, item in value.items()}
+        return {key: describe(item, defaults=defaults) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [describe(item) for item in value]
+        return [describe(item, defaults=defaults) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{type(value).__name__} cannot be written into config.json: {value!r}")

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import smalti
 from smalti.errors import UserError
+from smalti.exports import _digest
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.quantizers.vq import VectorQuantizer
+from smalti.tokenizers.regularizers import NestedDropout, TailDrop
 from smalti.tokenizers.titok import TiTok
 from smalti.training.initialise import initialise
 
@@ -55,6 +57,7 @@ MODELS = {
     "stage 2": lambda: titok(**STAGE_2),
     "vqgan": lambda: vqgan(channel_mult=(1, 2, 1), shortcut="published"),
     "half": lambda: titok().bfloat16(),
+    "tail drop": lambda: titok(regularizer=TailDrop(per="sample")),
 }
 every_model = pytest.mark.parametrize("model", [pytest.param(make, id=name) for name, make in MODELS.items()])
 
@@ -83,6 +86,29 @@ def test_the_fingerprint_sees_weights_and_arguments() -> None:
     legacy = titok(latent_layout="legacy")
     legacy.load_state_dict(first.state_dict())
     assert first.fingerprint() != legacy.fingerprint()
+
+
+def test_an_argument_that_a_later_version_adds_changes_no_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = titok()
+    before = model.fingerprint()
+    model.arguments["regularizer"] = NestedDropout()
+    assert model.fingerprint() != before
+    del model.arguments["regularizer"]  # as a version would describe it that has no such argument
+    assert model.fingerprint() == before
+    export(model, tmp_path)
+    assert smalti.load(str(tmp_path)).fingerprint() == before
+
+
+def test_an_export_whose_fingerprint_is_over_all_arguments_still_loads(tmp_path: Path) -> None:
+    """As they were written before arguments at their default were left out of it."""
+    model = titok()
+    export(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model"]["regularizer"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "fingerprint": _digest(config["model"], model)}))
+    assert smalti.load(str(tmp_path)).fingerprint() == model.fingerprint()
 
 
 def test_the_config_holds_names_of_the_registry_and_no_importable_path(tmp_path: Path) -> None:
@@ -391,3 +417,12 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher: Any, message: str, tmp_
     first = export(titok(head="codes", proxy_codebook_size=20), tmp_path / "stage1")
     with pytest.raises(UserError, match=message):
         initialise(titok(**STAGE_2), first, export(teacher(), tmp_path / "teacher"))
+
+
+def test_an_export_without_a_regularizer_is_fine_tuned_with_one(tmp_path: Path) -> None:
+    source, flexible = titok(), titok(regularizer=TailDrop())
+    assert initialise(flexible, export(source, tmp_path / "plain")) == []
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in flexible.state_dict().items())
+    nested = titok(regularizer=NestedDropout(mode="zipf"))
+    assert initialise(nested, export(flexible, tmp_path / "flexible")) == []
+    assert nested.spec.prefix_decodable and initialise(titok(), tmp_path / "flexible") == []

@@ -110,10 +110,10 @@ class Tokenizer(nn.Module, PyTorchModelHubMixin, metaclass=Described):
 
         Raises ValueError when some are left out and prefixes cannot be decoded.
         """
-        if not self.spec.prefix_decodable and int(tokens.lengths.min()) < self.spec.length:
+        if not self.spec.prefix_decodable and len(tokens) and int(tokens.lengths.min()) < self.spec.length:
             raise ValueError(
-                f"a prefix of {int(tokens.lengths.min())} tokens, but this tokenizer decodes all {self.spec.length} only: "
-                "it was trained without a regularizer (tokenizer/regularizer=nested_dropout or tail_drop)"
+                f"a prefix of {int(tokens.lengths.min())} tokens, but this tokenizer decodes all {self.spec.length} "
+                "only: it was trained without a regularizer (tokenizer/regularizer=nested_dropout or tail_drop)"
             )
         return tokens.lengths
 

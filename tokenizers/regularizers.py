@@ -113,7 +113,7 @@ def probabilities(mode: str, n: int, exponent: float = 0.5) -> Tensor:
 
 
 def draw_null(batch_size: int, probability: float, generator: torch.Generator) -> Tensor:
-    """(b,) bool on the CPU: the samples of which a decoder sees no token at all, so that guidance has its other side."""
+    """(b,) bool on the CPU: samples of which a decoder sees no token at all, so that guidance has its other side."""
     return torch.rand(batch_size, generator=generator) < probability
 
 
@@ -123,5 +123,8 @@ def kept_mask(lengths: Tensor, n: int, device: torch.device) -> Tensor:
 
 
 def hide(tokens: Tensor, lengths: Tensor, vector: Tensor) -> Tensor:
-    """Tokens (b, n, d) with `vector` (d,) at every position from `lengths` (b,) on; no gradient reaches what it hides."""
+    """Tokens (b, n, d) with `vector` (d,) at every position from `lengths` (b,) on; no gradient reaches what it hides.
+
+    lengths: on any device; 0 hides all tokens, more than n hides none.
+    """
     return torch.where(kept_mask(lengths, tokens.shape[1], tokens.device)[..., None], tokens, vector.to(tokens.dtype))

@@ -6,8 +6,10 @@ image (b, 3, h, w) in [0, 1], not normalised -> [class, patches, latent tokens] 
 Stage 1 (head "codes") learns to predict the codes of a frozen MaskGIT-VQGAN, stage 2 (head "soft_codes") keeps the
 encoder and tunes the decoder through the VQGAN's to pixels; the later one-stage models (head "pixels") need neither.
 TA-TiTok (Kim et al. 2025, arXiv:2501.07730) appends text states to the decoder's sequence (`text`).
+One-D-Piece (Miwa et al. 2025, arXiv:2501.10064) cuts the latents' tail at random in training (`regularizer`), so that
+any prefix of them makes a picture.
 
-Published weights and their names: smalti/published/titok.py.
+Published weights and their names: smalti/published/titok.py, smalti/published/onedpiece.py.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from smalti.layers.transformer import Transformer
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder
 from smalti.tokenizers.quantizers.base import Draws, Quantized, Quantizer
+from smalti.tokenizers.regularizers import Regularizer, kept_mask
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
 
@@ -73,6 +76,7 @@ class TiTok(Tokenizer):
     weights of fan_in^−½, tables of 0.5, and patches that start blind to mid-grey, so that contrast and not brightness
     fills them.
     freeze_encoder: keep encoder, latent tokens and codebook as they are (stage 2).
+    regularizer: draws how many leading latents the decoder reads in training; null: all, and prefixes do not decode.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class TiTok(Tokenizer):
         text: Mapping[str, int] | None = None,
         init: str = "published",
         freeze_encoder: bool = False,
+        regularizer: Regularizer | None = None,
     ) -> None:
         super().__init__()
         if num_latent_tokens < 1:
@@ -106,10 +111,12 @@ class TiTok(Tokenizer):
             )
         if (head == "soft_codes") != (pixel_decoder is not None):
             raise ValueError(f"pixel_decoder={pixel_decoder} with head={head}: give it for head=soft_codes only")
+        if regularizer is not None:
+            regularizer.check(num_latent_tokens)
         enc = Tower.read("encoder", encoder, image_size)
         dec = Tower.read("decoder", decoder, image_size)
 
-        self.head, self.freeze_encoder = head, freeze_encoder
+        self.head, self.freeze_encoder, self.regularizer = head, freeze_encoder, regularizer
         std, decoder_std = (tower.width**-0.5 if init == "published" else 0.5 for tower in (enc, dec))
         self.latent_tokens = table(num_latent_tokens, enc.width, std)
         self.encoder = Encoder(enc, image_size, num_latent_tokens, quantizer.input_dim, latent_layout, std)
@@ -145,6 +152,7 @@ class TiTok(Tokenizer):
             image_size=image_size,
             codebook_size=quantizer.codebook_size,
             depth=quantizer.depth,
+            prefix_decodable=regularizer is not None,
             condition="none" if text is None else "text",
         )
 
@@ -171,10 +179,11 @@ class TiTok(Tokenizer):
     def decode(self, tokens: Tokens, *, seed: int = 0, text: Tensor | None = None) -> Tensor:
         """Images (b, 3, h, w) in [0, 1]. Indices are looked up where there are any. Draws nothing: no `seed` used.
 
+        Of a prefix (tokens.lengths < n) only the kept tokens are read, for models with a regularizer.
         text: (b, length, width) states, for models whose spec says condition "text". A stage-1 model gives the picture
         that its teacher makes of the most probable codes; raises ValueError without `attach_teacher`.
         """
-        logits, pixels = self._decode(self.tokens_to_latents(tokens), text)
+        logits, pixels = self._decode(self.tokens_to_latents(tokens), text, self.kept(tokens))
         if pixels is None:
             if not self._teacher:
                 raise ValueError(
@@ -187,14 +196,21 @@ class TiTok(Tokenizer):
         return pixels.clamp(0, 1)
 
     def forward(self, images: Tensor, draws: Draws | None = None, *, text: Tensor | None = None) -> TokenizerOutput:
-        """`logits` for heads over proxy codes, `reconstruction` for heads that make pixels; both in stage 2."""
+        """`logits` for heads over proxy codes, `reconstruction` for heads that make pixels; both in stage 2.
+
+        draws["lengths"] (b,), best on the CPU: how many latents of each image the decoder reads. The quantizer's losses
+        see all of them.
+        """
         self.check_images(images)
         quantized = self._quantize(images, draws)
-        logits, pixels = self._decode(quantized.latents, text)
+        logits, pixels = self._decode(quantized.latents, text, (draws or {}).get("lengths"))
         return TokenizerOutput(quantized, reconstruction=pixels, logits=logits)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
-        return self.quantizer.draw(batch_size, self.spec.length, generator)
+        draws = self.quantizer.draw(batch_size, self.spec.length, generator)
+        if self.regularizer is not None:
+            draws |= self.regularizer.draw(batch_size, self.spec.length, generator)
+        return draws
 
     def train(self, mode: bool = True) -> TiTok:
         super().train(mode)
@@ -222,9 +238,11 @@ class TiTok(Tokenizer):
             return Quantized(quantized.latents, quantized.indices, {}, quantized.statistics)
         return quantized
 
-    def _decode(self, latents: Tensor, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _decode(
+        self, latents: Tensor, text: Tensor | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Latents (b, n, d) to logits (b, v, h, w) and pixels (b, 3, h, w), as far as the head gives them."""
-        out = self.decoder(latents.to(self.latent_tokens.dtype), text)
+        out = self.decoder(latents.to(self.latent_tokens.dtype), text, lengths)
         if self.head == "pixels":
             return None, out
         if self.head == "codes":
@@ -305,20 +323,32 @@ class Decoder(nn.Module):
         else:
             self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, proxy_codebook_size))
 
-    def forward(self, latents: Tensor, text: Tensor | None = None) -> Tensor:
-        """latents: (b, n, d), text: (b, l, width of the states). Returns (b, 3, h, w) or logits (b, v, h, w)."""
+    def forward(self, latents: Tensor, text: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """latents: (b, n, d), text: (b, l, width of the states). Returns (b, 3, h, w) or logits (b, v, h, w).
+
+        lengths: (b,) latents to read of each image, None for all. Those that no image keeps are cut off, as published;
+        what is left beyond an image's own length is no key of any attention, which gives the same numbers.
+        """
         b = len(latents)
+        shortest, longest = _extent(lengths, latents.shape[1])
+        latents = latents[:, :longest]
         class_position, positions = self.positional_embedding[:1], self.positional_embedding[1:]
         sequence = [
             (self.class_embedding + class_position).expand(b, -1, -1),
             (self.mask_token + positions).expand(b, -1, -1),
-            self.decoder_embed(latents) + self.latent_token_positional_embedding,
+            self.decoder_embed(latents) + self.latent_token_positional_embedding[:longest],
         ]
         if self.reads_text:
             sequence.append(self.text_proj(self._checked(text).to(latents)) + self.text_positional_embedding)
         elif text is not None:
             raise ValueError("text was given to a decoder that reads none (its spec says condition='none')")
-        x = self.transformer(self.ln_pre(torch.cat(sequence, dim=1)), keep=slice(1, 1 + self.grid**2))
+        mask = None
+        if lengths is not None and shortest < longest:
+            seen = [part.new_ones(b, part.shape[1], dtype=torch.bool) for part in sequence]
+            seen[2] = kept_mask(lengths, longest, latents.device)
+            mask = torch.cat(seen, dim=1)
+        x = torch.cat(sequence, dim=1)
+        x = self.transformer(self.ln_pre(x), keep=slice(1, 1 + self.grid**2), mask=mask)
         x = self.ffn(self.ln_post(x))
         if self.proxy_codebook_size is not None:
             return rearrange(x, "b (h w) v -> b v h w", h=self.grid)
@@ -332,3 +362,13 @@ class Decoder(nn.Module):
         if text.shape[1:] != expected:
             raise ValueError(f"text of shape {tuple(text.shape)}: expected (b, {expected[0]}, {expected[1]})")
         return text
+
+
+def _extent(lengths: Tensor | None, n: int) -> tuple[int, int]:
+    """The shortest and the longest keep length of a batch, n where nothing is dropped."""
+    if lengths is None or not len(lengths):
+        return n, n
+    shortest, longest = (int(length) for length in lengths.aminmax())
+    if not 1 <= shortest <= longest <= n:
+        raise ValueError(f"keep lengths from {shortest} to {longest}: expected 1 to {n}")
+    return shortest, longest

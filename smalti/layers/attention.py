@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over all tokens: no mask, no dropout, biases everywhere.
+    """Multi-head self-attention over all tokens, or over those that a mask leaves: no dropout, biases everywhere.
 
     The projections start as torch's own `nn.MultiheadAttention` starts them: queries, keys and values xavier-uniform
     as one (3·width, width) matrix, biases zero, the output as any Linear.
@@ -28,8 +28,11 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, keep: slice | None = None) -> Tensor:
-        """x: (b, n, d), returns (b, n, d), or only the tokens in `keep`, which still attend to all."""
+    def forward(self, x: Tensor, keep: slice | None = None, mask: Tensor | None = None) -> Tensor:
+        """x: (b, n, d), returns (b, n, d), or only the tokens in `keep`, which still attend to all.
+
+        mask: (b, n) bool, true for the tokens that may be attended to, at least one of each sample; None: all.
+        """
         d = x.shape[-1]
         if keep is None:
             # Views of one buffer, never copied: backward keeps the qkv output once.
@@ -41,7 +44,8 @@ class SelfAttention(nn.Module):
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
             # torch's bfloat16 kernel on CPUs takes 3 times as long backward as its float32 one (b 64, n 128, 4 heads).
             q, k, v = q.float(), k.float(), v.float()
-        x = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
+        keys = None if mask is None else mask[:, None, None]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).to(x.dtype)
         return self.out(x.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:

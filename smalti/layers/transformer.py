@@ -18,9 +18,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width)
 
-    def forward(self, x: Tensor, keep: slice | None = None) -> Tensor:
-        """With `keep`, only those tokens come out."""
-        x = (x if keep is None else x[:, keep]) + self.attn(self.ln_1(x), keep)
+    def forward(self, x: Tensor, keep: slice | None = None, mask: Tensor | None = None) -> Tensor:
+        """With `keep`, only those tokens come out; with `mask` (b, n), only the true ones are attended to."""
+        x = (x if keep is None else x[:, keep]) + self.attn(self.ln_1(x), keep, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -33,9 +33,9 @@ class Transformer(nn.Sequential):
     def __init__(self, width: int, depth: int, heads: int) -> None:
         super().__init__(*(Block(width, heads) for _ in range(depth)))
 
-    def forward(self, x: Tensor, keep: slice | None = None) -> Tensor:
-        """x: (b, n, width), returns (b, n, width) or the tokens in `keep`."""
+    def forward(self, x: Tensor, keep: slice | None = None, mask: Tensor | None = None) -> Tensor:
+        """x: (b, n, width), returns (b, n, width) or the tokens in `keep`. mask: (b, n), true where attended to."""
         *before, last = self
         for block in before:
-            x = block(x)
-        return last(x, keep)
+            x = block(x, mask=mask)
+        return last(x, keep, mask)

@@ -19,7 +19,8 @@ from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from smalti.tokenizers.titok import TiTok
 
-# Arguments that a new training may choose anew; every other one must be that of the export.
+# Arguments that a new training may choose anew (and any regularizer, which has no weights); every other one must be
+# that of the export.
 _FREE = {"image_size", "num_latent_tokens", "init", "freeze_encoder"}
 _FREE |= {f"quantizer.{name}" for name in ("commitment_weight", "codebook_weight", "ema_decay", "restart_after")}
 _FREE |= {f"quantizer.{name}" for name in ("entropy_weight", "entropy_temperature")}
@@ -100,7 +101,7 @@ _TO_STAGE_2 = ("codes", "soft_codes")
 def _compare(tokenizer: Tokenizer, source: Tokenizer, where: str, free: set[str] | None = None) -> None:
     mine, theirs = _flat(describe(tokenizer)), _flat(describe(source))
     for key in sorted(mine.keys() | theirs.keys()):
-        if key in _FREE or key.split(".")[0] in (free or ()):
+        if key in _FREE or key.split(".")[0] in {"regularizer", *(free or ())}:
             continue
         ours, its = mine.get(key), theirs.get(key)
         if key == "pixel_decoder.shortcut":
