@@ -1,4 +1,4 @@
-"""A noise level or a timestep as a vector."""
+"""Noise levels as vectors."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class TimestepEmbedding(nn.Module):
-    """t (b,) as (b, width): [cos(t f), sin(t f)], Linear, SiLU, Linear; f falls from 1000 / max_timestep by 256.
+def sinusoid(t: Tensor, size: int, max_timestep: float = 1000.0, max_period: float = 256.0) -> Tensor:
+    """cos then sin of t · f_i, (b, size) float32, with f_i = (1000 / max_timestep) · max_period^(−i / half).
 
-    max_timestep: the largest t. 1000 with t in [0, 1], as FlexTok has it, keeps the angles within one radian.
-    size: of the sinusoids; an odd one ends in a zero. As in FlexTok: cosines first, and a longest period of 256 instead
-    of the usual 10,000.
+    t: (b,) in 0…max_timestep. An odd size ends in a zero.
+    """
+    half = size // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * (1000.0 / max_timestep) * torch.exp(-math.log(max_period) * steps)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, size % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """A noise level t in 0…max_timestep as a vector: sinusoid, Linear, SiLU, Linear.
+
+    frequencies: numbers of the sinusoid. FlexTok gives levels in [0, 1] and a max_timestep of 1000, which keeps every
+    angle within 1 radian; with 1 they reach 1000.
     """
 
-    def __init__(self, width: int, size: int = 256, max_timestep: float = 1000.0) -> None:
+    def __init__(self, width: int, frequencies: int = 256, max_timestep: float = 1000.0) -> None:
         super().__init__()
-        self.size, self.max_timestep = size, max_timestep
-        self.fc = nn.Linear(size, width)
+        self.frequencies, self.max_timestep = frequencies, max_timestep
+        self.fc = nn.Linear(frequencies, width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.proj(F.silu(self.fc(self.sinusoid(t).to(self.fc.weight.dtype))))
-
-    def sinusoid(self, t: Tensor) -> Tensor:
-        """(b, size) float32, in [−1, 1]."""
-        half = self.size // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t.float()[:, None] * (1000.0 / self.max_timestep * torch.exp(-math.log(256) * exponents))
-        return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, self.size - 2 * half))
+        """t: (b,). Returns (b, width)."""
+        angles = sinusoid(t, self.frequencies, self.max_timestep)
+        return self.proj(F.silu(self.fc(angles.to(self.fc.weight.dtype))))

@@ -45,6 +45,11 @@ class Case:
         """The published configuration, in its own keys."""
         return self.meta["config"]
 
+    def says(self, key: str) -> Any:
+        """A value that tells cases of a family apart: of fixture.json, else of its config's `run`."""
+        run = self.meta["config"].get("run") if isinstance(self.meta.get("config"), dict) else None
+        return self.meta.get(key, (run or {}).get(key))
+
     @property
     def size_overrides(self) -> dict[str, Any]:
         """The numbers that the published code hard-codes and that this case made small."""
@@ -130,13 +135,16 @@ def fixture_folders(option: str | None) -> list[Path]:
 
 
 def cases(family: str, folders: list[Path], **wanted: Any) -> list[Case]:
-    """The cases of a family in `folders`, by name, each once; `wanted` values of fixture.json select among them."""
+    """The cases of a family in `folders`, by name, each once.
+
+    `wanted` values select among them: of fixture.json, or of its config's `run`.
+    """
     found: dict[str, Path] = {}
     for folder in folders:
         for file in sorted((folder / family).glob("*/fixture.json")):
             found.setdefault(file.parent.name, file.parent)
     chosen = [Case(found[name]) for name in sorted(found)]
-    return [case for case in chosen if all(case.meta.get(key) == value for key, value in wanted.items())]
+    return [case for case in chosen if all(case.says(key) == value for key, value in wanted.items())]
 
 
 def pytest_configure(config: pytest.Config) -> None:
