@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from smalti.errors import UserError, did_you_mean
 
-SOURCES = ("titok",)  # published code bases that export.py converts
+SOURCES = ("titok", "onedpiece")  # published code bases that export.py converts
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -25,7 +25,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 POSITIVE = {  # whole numbers ≥ 1 (each, in a list)
     "image_size", "resize", "num_latent_tokens", "proxy_codebook_size", "codebook_size", "dim", "width", "depth",
     "heads", "patch_size", "channels", "channel_mult", "num_res_blocks", "hidden_channels", "num_stages", "length",
-    "size", "max_steps", "batch_size", "every", "images", "pictures", "accumulate", "num_nodes", "nan_limit",
+    "size", "max_steps", "batch_size", "every", "images", "pictures", "baseline_images",
+    "length_images", "accumulate", "num_nodes", "nan_limit",
 }  # fmt: skip
 NOT_NEGATIVE = {  # numbers ≥ 0
     "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed", "start", "weight", "factor",
@@ -66,11 +67,50 @@ def check_evaluate(config: DictConfig) -> None:
     _check_values(values)
     check_export("model_path", values["model_path"])
     check_export("teacher_path", values.get("teacher_path"))
+    if isinstance(values.get("image"), list):
+        raise UserError(f"image={_show(values['image'])} is a list; give one photo, or a folder by data.path=DIR")
     if values.get("image") is not None:
         check_file("image", values["image"])
     else:
         check_data(values.get("data"))
     check_folder("output", values.get("output"))
+
+
+def check_encode(config: DictConfig) -> None:
+    """Either images to encode or files to decode, which exist; and one way at most to say how many tokens."""
+    values = _plain(config)
+    _check_values(values)
+    check_export("model_path", values["model_path"])
+    check_export("teacher_path", values["teacher_path"])
+    image, decode, length = values["image"], values["decode"], values["length"]
+    targets = {f"quality.{name}": value for name, value in values["quality"].items() if value is not None}
+    shown = " and ".join(f"{key}={_show(value)}" for key, value in targets.items())
+    if image is None and decode is None:
+        raise UserError("nothing to do: give image=photo.jpg (to tokens), or decode=photo.tok (and back)")
+    if image is not None and decode is not None:
+        raise UserError(f"image={_show(image)} and decode={_show(decode)} exclude each other; give one of them")
+    key, given = ("image", image) if decode is None else ("decode", decode)
+    if given == []:
+        raise UserError(f"{key}=[] names no file; give one")
+    for place in map(str, given if isinstance(given, list) else [given]):
+        if not Path(place).is_dir():
+            check_file(key, place)
+    if len(targets) > 1:
+        raise UserError(f"{shown} exclude each other; give one of them")
+    if targets and length is not None:
+        raise UserError(f"length={length} and {shown} exclude each other; give one of them")
+    for name, low, high in (("psnr", 0, 100), ("ssim", 0, 1), ("lpips", 0, 10)):
+        value = values["quality"][name]
+        if value is not None and not low < value <= high:
+            raise UserError(f"quality.{name}={_show(value)} must be above {low} and at most {high}")
+    picture = values["picture"]
+    needless = [*targets, *(["picture"] if picture is not None else [])]
+    if decode is not None and needless:
+        raise UserError(f"{needless[0]} needs the original image, which decode={_show(decode)} has not; leave it out")
+    if picture is not None:
+        if Path(picture).suffix.lower() != ".png" or Path(picture).is_dir():
+            raise UserError(f"picture={picture} must be a file that ends in .png")
+        check_folder("picture", str(Path(picture).parent))
 
 
 def check_export_request(config: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""`smalti train|evaluate|export …`: the entry point of an installed smalti, and what all commands share.
+"""`smalti train|evaluate|encode|export …`: the entry point of an installed smalti, and what all commands share.
 
 The scripts in the root of a checkout do the same: `python train.py …` is `smalti train …`.
 """
@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 COMMANDS = {
     "train": "train a tokenizer from a recipe (an experiment) on a set of images",
     "evaluate": "measure an exported tokenizer on images, or reconstruct one photo",
+    "encode": "write images as tokens into small files (.tok), and back",
     "export": "write a run of ours or a published checkpoint as a folder that smalti.load reads",
 }
 _FLAGS = ("--help", "--multirun", "--cfg", "--config-dir", "--version")

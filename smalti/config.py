@@ -30,22 +30,33 @@ FOLDER = Path(smalti.configs.__file__).resolve().parent
 HYDRA_KEYS = ("hydra.launcher.", "hydra.sweeper.")
 HIDDEN_GROUPS = "overlay/"  # picked by the primary config itself, from the scale and the other choices
 TARGETS = ("smalti.", "torch.nn.", "torch.optim.", "torchvision.models.", "timm.models.")
+FREE = ("sampling",)  # sections whose keys the loaded model knows, and no config
 PATHS = (
-    "output", "run", "init_path", "teacher_path", "model_path", "checkpoint", "config", "image", "data.path",
-    "data.val_path", "data.cache", "lpips_weights", "inception_weights",
+    "output", "run", "init_path", "teacher_path", "model_path", "checkpoint", "config", "image", "decode",
+    "picture", "data.path", "data.val_path", "data.cache", "lpips_weights", "inception_weights",
 )  # fmt: skip
 
 # What a key holds whose value in the configs is null (null says nothing about the type of what replaces it). These may
 # also become null again; so may optional parts (sections with a `_target_`).
 OPTIONAL: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(PATHS, (str,)),
+    "image": (str, list),
+    "decode": (str, list),
+    "length": (int,),
+    "quality.psnr": (float,),
+    "quality.ssim": (float,),
+    "quality.lpips": (float,),
     "data.path": (str, list),
     "data.val_path": (str, list),
     "data.resize": (int,),
     "trainer.devices": (int, str),
     "source": (str,),
     "images": (int,),
+    "lengths": (str, list, int),
+    "baselines": (bool,),
+    "baseline_images": (int,),
     "validation.images": (int,),
+    "validation.lengths": (str, list, int),
     "optimizer.clip": (float,),
     "logger.wandb": (dict,),
     "objective.logvar_init": (float,),
@@ -78,13 +89,16 @@ class Composed:
 
 
 def compose(command: str, overrides: Sequence[str], config_dir: str | None = None) -> Composed:
-    """The checked config of `command` ("train", "evaluate", "export") under `overrides` ("key=value").
+    """The checked config of `command` ("train", "evaluate", "encode", "export") under `overrides` ("key=value").
 
     Unknown keys, options and types are refused with a UserError that says what is possible.
     """
     parsed = parse(command, overrides, config_dir)
     for override in parsed:
         if override.is_sweep_override():
+            if command != "train" and list in OPTIONAL.get(override.key_or_group, ()):
+                key, _, several = override.input_line.partition("=")
+                raise UserError(f"{override.input_line} has several values; write a list of them: '{key}=[{several}]'")
             raise UserError(
                 f"{override.input_line} has several values: add -m for a sweep, or quote a text with commas: "
                 f"{override.key_or_group}=\"'a,b'\""
@@ -227,9 +241,13 @@ def _lines(overrides: Sequence[Override]) -> list[str]:
     return [
         f"~{override.key_or_group}"
         if override.value() is None and is_group(override.key_or_group)
-        else f"{override.get_key_element()}={override.get_value_element_as_str()}"
+        else f"{'++' if _is_free(override) else ''}{override.get_key_element()}={override.get_value_element_as_str()}"
         for override in overrides
     ]
+
+
+def _is_free(override: Override) -> bool:
+    return override.key_or_group.split(".")[0] in FREE and "." in override.key_or_group and not override.is_add()
 
 
 def _hydra(command: str, lines: list[str]) -> tuple[DictConfig, dict[str, str]]:
@@ -317,7 +335,8 @@ def _check_form(command: str, text: str) -> None:
     for group in sorted(groups_of(command), key=lambda name: name != "experiment"):
         if text in options(group):
             raise UserError(f"'{text}' is not key=value; did you mean {group}={text}?")
-    example = {"train": "experiment=titok", "evaluate": "model_path=DIR"}.get(command, "output=DIR")
+    examples = {"train": "experiment=titok", "evaluate": "model_path=DIR", "encode": "image=photo.jpg"}
+    example = examples.get(command, "output=DIR")
     raise UserError(f"'{text}' is not key=value (without spaces around '='), such as {example}")
 
 
@@ -415,6 +434,8 @@ def _check_key(config: DictConfig, override: Override) -> None:
             raise UserError(f"{key}: {whole} is a value, not a section; override {whole}=… as a whole")
         if part not in node.keys():  # noqa: SIM118, "???" is not `in` a DictConfig
             last = depth == len(parts) - 1
+            if last and depth and parts[0] in FREE:
+                return
             if last and (override.is_add() or override.is_force_add()) and "_target_" in node:
                 return
             raise UserError(f"{key} is not a key of this config{_suggest(config, key, '.'.join(parts[:depth]))}")
@@ -493,8 +514,16 @@ def _expand_paths(config: DictConfig) -> None:
     """`~` means the home folder, which shells do not put in behind `key=`; a trailing slash means nothing."""
     for key in PATHS:
         value = _select(config, key)
-        if isinstance(value, str) and value not in ("", "???") and "://" not in value:
-            OmegaConf.update(config, key, os.path.normpath(os.path.expanduser(value)))
+        if isinstance(value, list):
+            OmegaConf.update(config, key, [_expanded(item) for item in value], merge=False)
+        elif value is not None:
+            OmegaConf.update(config, key, _expanded(value))
+
+
+def _expanded(value: Any) -> Any:
+    if not isinstance(value, str) or value in ("", "???") or "://" in value:
+        return value
+    return os.path.normpath(os.path.expanduser(value))
 
 
 def _targets(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -28,6 +28,13 @@ EXAMPLES = {
         "python evaluate.py model_path=DIR data.path=~/photos": "on your own images",
         "python evaluate.py model_path=DIR image=photo.jpg": "one photo: its reconstruction and its tokens",
     },
+    "encode": {
+        "python encode.py image=photo.jpg model_path=DIR output=photo.tok": "a photo as tokens, all of them",
+        "python encode.py image=photo.jpg model_path=DIR output=photo.tok length=8": "its first 8",
+        "python encode.py image=photo.jpg model_path=DIR output=photo.tok quality.psnr=24": "as few as give 24 dB",
+        "python encode.py decode=photo.tok model_path=DIR output=photo.png": "and back",
+        "python encode.py image=~/photos model_path=DIR output=tokens": "a folder, one file an image",
+    },
     "export": {
         "python export.py run=runs/titok/tiny output=models/mine": "a run of train.py, from its averaged weights",
         "python export.py source=titok checkpoint=FILE output=DIR": "a published file",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from smalti.data.augment import center_crop, resize_shorter
 from smalti.data.decode import decode_image
@@ -20,6 +22,24 @@ from smalti.tokenizers.base import Tokenizer
 from smalti.training.draws import seed_of
 
 
+@dataclass(frozen=True)
+class Square:
+    """A photo as a tokenizer sees it: (3, size, size) in [0, 1], cut from `pixels` = (width, height)."""
+
+    image: Tensor
+    pixels: tuple[int, int]
+
+
+def read_square(path: Path, size: int) -> Square:
+    """A photo of any size: its shorter side is resized to `size` and the middle cut, as in the evaluation.
+
+    Raises OSError or ValueError with the reason when it cannot be read.
+    """
+    photo = decode_image(path.read_bytes())
+    square = center_crop(resize_shorter(photo, size), size)
+    return Square(torch.tensor(square).permute(2, 0, 1).float() / 255, (photo.shape[1], photo.shape[0]))
+
+
 def reconstruct_photo(
     tokenizer: Tokenizer, cfg: Mapping[str, Any], folder: Path, device: torch.device
 ) -> dict[str, Any]:
@@ -29,20 +49,19 @@ def reconstruct_photo(
     A photo of any size: its shorter side is resized to the tokenizer's and the middle cut, as in the evaluation.
     """
     path, spec = Path(cfg["image"]).expanduser(), tokenizer.spec
+    size = spec.image_size
     try:
-        photo = decode_image(path.read_bytes())
+        photo = read_square(path, size)
     except (OSError, ValueError) as error:
         raise UserError(f"image={path} cannot be read: {error}; give a JPEG, PNG or WebP file") from error
-    size = spec.image_size
-    square = center_crop(resize_shorter(photo, size), size)
-    images = torch.tensor(square).permute(2, 0, 1)[None].to(device).float() / 255
+    images = photo.image[None].to(device)
     tokens = tokenizer.encode(images)
     decoded = tokenizer.decode(tokens, seed=seed_of("evaluate", cfg["seed"], 0))
 
     bits = None if spec.bits is None else spec.length * spec.bits
     report: dict[str, Any] = {
         "image": str(path),
-        "pixels": [photo.shape[1], photo.shape[0]],
+        "pixels": list(photo.pixels),
         "preprocessing": preprocessing("center", size),
         "model": describe_model(tokenizer, cfg),
         "psnr": psnr(images, decoded).item(),
@@ -68,7 +87,7 @@ def reconstruct_photo(
     content = {**report, "spec": spec.to_dict(), name: values[0].tolist()}
     files["tokens"].write_text(json.dumps(content) + "\n", encoding="utf-8")
 
-    print(f"{path.name}, {photo.shape[1]} × {photo.shape[0]}: {_in_words(report, spec.length, spec.codebook_size)}")
+    print(f"{path.name}, {photo.pixels[0]} × {photo.pixels[1]}: {_in_words(report, spec.length, spec.codebook_size)}")
     print(f"  PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f} against its middle at {size} × {size}")
     report["files"] = {kind: str(file) for kind, file in files.items()}
     print("\n".join(f"{kind:15} {file}" for kind, file in report["files"].items()))
