@@ -97,8 +97,8 @@ def compose(command: str, overrides: Sequence[str], config_dir: str | None = Non
     for override in parsed:
         if override.is_sweep_override():
             if command != "train" and list in OPTIONAL.get(override.key_or_group, ()):
-                key, _, several = override.input_line.partition("=")
-                raise UserError(f"{override.input_line} has several values; write a list of them: '{key}=[{several}]'")
+                listed = f"{override.key_or_group}=[{override.get_value_string()}]"
+                raise UserError(f"{override.input_line} has several values; write them as a list: {listed}")
             raise UserError(
                 f"{override.input_line} has several values: add -m for a sweep, or quote a text with commas: "
                 f"{override.key_or_group}=\"'a,b'\""

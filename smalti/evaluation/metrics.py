@@ -192,6 +192,8 @@ class ReconstructionMetrics:
 
     codebook_size: v, None for continuous tokens. lpips: distances (b,) between two batches (b, 3, h, w) in [0, 1].
     inception: for rFID and the Inception Score. What needs a network that is not given is left out.
+    beside: figures of other reconstructions of the same images, updated and merged in step with these: Inception then
+    sees the images themselves once.
     """
 
     def __init__(
@@ -200,12 +202,15 @@ class ReconstructionMetrics:
         *,
         lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
         inception: FeatureExtractor | None = None,
+        beside: ReconstructionMetrics | None = None,
     ) -> None:
         self.lpips, self.inception = lpips, inception
         self.psnr, self.ssim, self.distance = Mean(), Mean(), Mean()
         self.codebook = None if codebook_size is None else CodebookStatistics(codebook_size)
         width, classes = (inception.width, inception.classes) if inception else (0, 0)
-        self.real, self.fake, self.score = FeatureMoments(width), FeatureMoments(width), InceptionScore(classes)
+        self.beside = beside
+        self.real: FeatureMoments = FeatureMoments(width) if beside is None else beside.real
+        self.fake, self.score = FeatureMoments(width), InceptionScore(classes)
 
     @property
     def count(self) -> int:
@@ -223,7 +228,8 @@ class ReconstructionMetrics:
         if self.codebook is not None and indices is not None:
             self.codebook.update(indices)
         if self.inception is not None:
-            self.real.update(self.inception(truncate_to_uint8(images))[0])
+            if self.beside is None:
+                self.real.update(self.inception(truncate_to_uint8(images))[0])
             features, logits = self.inception(truncate_to_uint8(reconstructions))
             self.fake.update(features)
             self.score.update(logits)
@@ -255,5 +261,5 @@ class ReconstructionMetrics:
         if self.lpips is not None:
             parts.append(self.distance)
         if self.inception is not None:
-            parts += [self.real, self.fake, self.score]
+            parts += [self.fake, self.score] if self.beside is not None else [self.real, self.fake, self.score]
         return parts if self.codebook is None else [*parts, self.codebook]

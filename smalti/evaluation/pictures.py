@@ -1,4 +1,4 @@
-"""Pictures to look at: originals over reconstructions, and one photo beside its reconstruction.
+"""Pictures to look at: originals over reconstructions, one photo beside its reconstruction, images by number of tokens.
 
 Every function takes images (b, 3, h, w) in [0, 1] and gives a PIL image; `save_png` writes it in one move.
 """
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 PAPER, INK, FAINT = (250, 249, 246), (38, 40, 46), (132, 134, 140)
-MARGIN, GAP, BAND_GAP = 16, 4, 14
+MARGIN, GAP, BAND_GAP, LINE = 16, 4, 14, 15
 SMALLEST_CELL = 96  # pixels: smaller images are enlarged by a whole factor, pixels staying square
 
 
@@ -100,6 +100,45 @@ def side_by_side(pictures: Sequence[tuple[str, Tensor]], *, note: str = "") -> I
     if note:
         draw.text((MARGIN, picture.height - MARGIN + 2), note, fill=FAINT, font=small, anchor="ls")
     return picture
+
+
+def strip(columns: Sequence[tuple[str, Tensor]], *, title: str = "", note: str = "") -> Image.Image:
+    """The same images at several numbers of tokens: image i of every column stands in row i.
+
+    columns: a caption, which stands above and may have several lines, and images (b, 3, h, w) in [0, 1] of equal shape.
+    """
+    if not columns or len({tuple(images.shape) for _, images in columns}) != 1 or columns[0][1].ndim != 4:
+        raise ValueError(f"strip needs images of one shape (b, 3, h, w), got {[tuple(i.shape) for _, i in columns]}")
+    count, _, h, w = columns[0][1].shape
+    factor = max(1, -(-SMALLEST_CELL // max(h, w)))
+    cell_h, cell_w = h * factor, w * factor
+    small, large = _font(11), _font(14)
+    step = GAP + max(cell_w, *(_width(line, small) for caption, _ in columns for line in caption.split("\n")))
+    lines = max(caption.count("\n") + 1 for caption, _ in columns)
+    top = MARGIN + (30 if title else 0) + LINE * lines + 4
+    width = max(2 * MARGIN + len(columns) * step - GAP, 2 * MARGIN + max(_width(title, large), _width(note, small)))
+    height = top + count * (cell_h + GAP) - GAP + MARGIN + (22 if note else 0)
+    picture = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(picture)
+    if title:
+        draw.text((MARGIN, MARGIN - 2), title, fill=INK, font=large)
+    for column, (caption, images) in enumerate(columns):
+        x = MARGIN + column * step
+        for line, words in enumerate(caption.split("\n")):
+            y = top - 4 - LINE * (lines - line)
+            draw.text((x + cell_w / 2, y), words, fill=FAINT if line else INK, font=small, anchor="ma")
+        for row, image in enumerate(images):
+            cell = to_pil(image).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            picture.paste(cell, (x, top + row * (cell_h + GAP)))
+    if note:
+        draw.text((MARGIN, height - MARGIN - 2), note, fill=FAINT, font=small, anchor="ls")
+    return picture
+
+
+def tokens_in_words(length: int, size: int | None) -> str:
+    """The caption of an image of `length` tokens, and of their bytes where they have any."""
+    tokens = f"{length:,} token{'s' if length > 1 else ''}"
+    return tokens if size is None else f"{tokens}\n{size:,} byte{'s' if size > 1 else ''}"
 
 
 def save_png(picture: Image.Image, path: Path) -> Path:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from smalti.evaluation.baselines import CODECS
 from smalti.tokenizers.base import Tokenizer
 
 LIBRARIES = ("smalti", "torch", "torchvision", "torchmetrics", "torch-fidelity", "pillow", "numpy")
@@ -27,23 +28,30 @@ HOW = {
     "codebook_perplexity": "the number of equally frequent codes with the same entropy",
     "tokens": "tokens an image",
     "bits_per_image": "tokens × log2 of the codebook's size: codes of fixed length",
+    "bytes_per_image": "the fewest whole bytes that hold the tokens, packed as one number, without a header",
     "bits_per_pixel": "bits an image / (height × width)",
     "mean_colour_psnr": "each image painted in its own mean colour: what no tokens at all would give",
     "gain_over_mean_colour": "psnr − mean_colour_psnr",
-    "jpeg_images": "images of which a JPEG takes no more bytes than the tokens",
-    "jpeg_psnr": f"on those images, {_CODEC}",
-    "jpeg_bytes": "mean size of those files",
-    "psnr_on_jpeg_images": "the tokenizer's on those images",
-    "webp_images": "images of which a WebP takes no more bytes than the tokens",
-    "webp_psnr": f"on those images, {_CODEC}",
-    "webp_bytes": "mean size of those files",
-    "psnr_on_webp_images": "the tokenizer's on those images",
 }
 
 
 def how(figure: str) -> str:
     """One line on how a figure is obtained."""
-    return HOW[figure]
+    if figure in HOW:
+        return HOW[figure]
+    for name, codec in CODECS.items():
+        if figure in (said := _of_codec(name, codec.title)):
+            return said[figure]
+    raise KeyError(figure)
+
+
+def _of_codec(name: str, title: str) -> dict[str, str]:
+    return {
+        f"{name}_images": f"of the baseline images, those of which a {title} takes no more bytes than the tokens",
+        f"{name}_psnr": f"on those images, {_CODEC}",
+        f"{name}_bytes": "mean size of those files",
+        f"psnr_on_{name}_images": "the tokenizer's on those images",
+    }
 
 
 def preprocessing(crop: str, size: int) -> str:

@@ -2,6 +2,7 @@
 
     python evaluate.py model_path=DIR data.path=FOLDER          every figure whose weights are there
     torchrun --nproc-per-node 8 evaluate.py model_path=DIR …    the same figures, sooner
+    python evaluate.py model_path=DIR lengths=all               at 1, 2, 4, … tokens, beside JPEG, WebP, AVIF, JPEG XL
     python evaluate.py model_path=DIR image=photo.jpg           one photo: smalti/evaluation/photo.py
 
 Batches are numbered and go to the processes in turn: which images share a batch does not depend on how many there are.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
@@ -25,18 +27,22 @@ from torch.utils.data import DataLoader
 from smalti.data.module import DataModule
 from smalti.data.order import Batch
 from smalti.errors import UserError, did_you_mean
-from smalti.evaluation import pictures, tables
-from smalti.evaluation.baselines import Baselines
+from smalti.evaluation import pictures, plots, tables
+from smalti.evaluation.baselines import CODECS, Baselines, codecs, further_budgets
+from smalti.evaluation.baselines import why_absent as why_no_codec
 from smalti.evaluation.inception import Inception, load_inception
 from smalti.evaluation.inception import why_absent as why_no_inception
+from smalti.evaluation.lengths import bits_of, bytes_of, chosen_lengths, decode_prefixes
 from smalti.evaluation.lpips import MeasuredLPIPS, load_lpips
 from smalti.evaluation.lpips import why_absent as why_no_lpips
-from smalti.evaluation.metrics import ReconstructionMetrics
+from smalti.evaluation.metrics import ReconstructionMetrics, psnr
 from smalti.evaluation.photo import reconstruct_photo
 from smalti.evaluation.processes import processes
 from smalti.evaluation.protocol import describe_model, libraries, preprocessing
+from smalti.evaluation.sampling import describe_sampling, override_sampling
 from smalti.registry import load
 from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.spec import TokenSpec
 from smalti.training.draws import seed_of
 
 FIGURES = {
@@ -46,7 +52,9 @@ FIGURES = {
     "rfid": ("rfid", "inception_score"),
     "codebook": ("codebook_usage", "codebook_entropy", "codebook_perplexity"),
 }
+BY_LENGTH = ("psnr", "ssim", "lpips", "rfid")
 LPIPS_SIZE = 16  # the least side that VGG16's poolings leave anything of
+STRIP_ROWS = 6  # images in the strip: more are no clearer
 
 
 def evaluate(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +65,7 @@ def evaluate(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     cfg: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
     with processes(cfg["device"]) as (rank, world_size, device):
         tokenizer = load_tokenizer(cfg["model_path"], cfg["teacher_path"]).to(device)
+        override_sampling(tokenizer, cfg["sampling"])
         if cfg["image"] is not None:
             return reconstruct_photo(tokenizer, cfg, output_folder(cfg, "photos"), device)
         return measure(tokenizer, cfg, device, rank, world_size)
@@ -67,19 +76,25 @@ def measure(
 ) -> dict[str, Any]:
     """The figures of a tokenizer over a data set; the first process writes and prints them."""
     wanted = _wanted(cfg["metrics"])
+    lengths = chosen_lengths(cfg["lengths"], tokenizer.spec)
     if cfg["pictures"] < 1:
         raise UserError(f"pictures={cfg['pictures']} must be at least 1")
     spec = tokenizer.spec
     lpips, inception, left_out = _networks(wanted, cfg, device, spec.image_size)
+    budgets = [size for k in lengths if (size := bytes_of(spec, k)) is not None]
+    baselines = _baselines(budgets, cfg, spec.image_size, left_out)
     data = data_for(tokenizer, cfg)
     whole = data.test_loader(images=cfg["images"])
     batches: Any = list(whole.batch_sampler)  # type: ignore[arg-type]  # of Batch, which torch types as lists
     output = output_folder(cfg, Path(str(data.path or "shapes")).name)
 
-    budget = None if spec.bits is None else -(-round(spec.length * spec.bits) // 8)
-    metrics = ReconstructionMetrics(spec.codebook_size, lpips=lpips, inception=inception)
-    baselines = Baselines(budget) if cfg["baselines"] else None
+    metrics: dict[int, ReconstructionMetrics] = {}  # the longest first, in which the codes are counted
+    for k in reversed(lengths):
+        longest = metrics.get(lengths[-1])
+        counted = spec.codebook_size if longest is None else None
+        metrics[k] = ReconstructionMetrics(counted, lpips=lpips, inception=inception, beside=longest)
     mine = list(enumerate(batches))[rank::world_size]
+    starts = np.cumsum([0, *(len(batch.samples) for batch in batches)]).tolist()
     loader = DataLoader(
         whole.dataset,
         batch_sampler=[batch for _, batch in mine],
@@ -90,27 +105,29 @@ def measure(
     hidden = rank > 0 or not sys.stderr.isatty()
     for (number, _), batch in zip(mine, track(loader, "measuring", disable=hidden, transient=True), strict=True):
         images = batch["image"].to(device, non_blocking=True).float() / 255
-        decoded, indices = reconstruct(tokenizer, images, seed=seed_of("evaluate", cfg["seed"], number))
-        metrics.update(images, decoded, indices)
+        tokens, ours = tokenizer.encode(images), []
+        for k, decoded in decode_prefixes(tokenizer, tokens, lengths, seed=seed_of("evaluate", cfg["seed"], number)):
+            metrics[k].update(images, decoded, None if tokens.indices is None else tokens.indices[:, :k])
+            ours.append(psnr(images, decoded))
         if baselines is not None:
-            baselines.update(images, decoded)
-    metrics.all_reduce()
+            baselines.update(images, torch.stack(ours), starts[number])
+    for k in lengths:
+        metrics[k].all_reduce()
     if baselines is not None:
         baselines.all_reduce()
 
-    computed = metrics.compute()
+    computed = metrics[lengths[-1]].compute()
     figures = {name: computed[name] for kind in wanted for name in FIGURES[kind] if name in computed}
-    figures["tokens"] = spec.length
-    if spec.bits is not None:
-        figures["bits_per_image"] = spec.length * spec.bits
-        figures["bits_per_pixel"] = spec.length * spec.bits / spec.image_size**2
+    figures |= _sizes(spec, lengths[-1])
     if baselines is not None:
-        figures |= baselines.compute(computed["psnr"])
+        figures["mean_colour_psnr"] = baselines.colour()
+        figures["gain_over_mean_colour"] = computed["psnr"] - baselines.colour()
+        figures |= baselines.figures(-1) if budgets else {}
     report: dict[str, Any] = {
         "figures": figures,
         "left_out": left_out,
         "protocol": {
-            "images": metrics.count,
+            "images": metrics[lengths[-1]].count,
             "resolution": f"{spec.image_size} × {spec.image_size}",
             "preprocessing": preprocessing(data.crop, spec.image_size),
             "data": {
@@ -127,20 +144,31 @@ def measure(
             "device": device.type,
             "precision": str(next(tokenizer.parameters()).dtype).removeprefix("torch."),
             "seed": cfg["seed"],
+            "sampling": describe_sampling(tokenizer),
+            "baseline_images": None if baselines is None or not baselines.codecs else baselines.compared,
             "libraries": libraries(),
         },
     }
+    if cfg["lengths"] is not None:
+        report["by_length"] = [
+            _sizes(spec, k)
+            | {name: value for name, value in metrics[k].compute().items() if name in BY_LENGTH and name in wanted}
+            | (baselines.figures(number) if baselines is not None and budgets else {})
+            for number, k in enumerate(lengths)
+        ]
+        if not budgets:
+            left_out["rate_distortion"] = "continuous tokens have no size in bytes"
+        elif baselines is not None and baselines.compared:
+            report["rate_distortion"] = baselines.curves()
     if rank == 0:
-        report["files"] = _write(report, output, _picture(tokenizer, whole.dataset, batches, cfg, device, figures))
+        files: dict[str, Any] = {"picture": _picture(tokenizer, whole.dataset, batches, cfg, device, figures)}
+        if cfg["lengths"] is not None:
+            files["strip"] = _strip(tokenizer, whole.dataset, batches, lengths, cfg, device)
+            files["plot"] = _plot(report, spec.image_size) if "rate_distortion" in report else None
+        report["files"] = _write(report, output, files)
         print(tables.to_text(report))
         print("\n".join(f"{name:8} {path}" for name, path in report["files"].items()))
     return report
-
-
-def reconstruct(tokenizer: Tokenizer, images: Tensor, *, seed: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Images (b, 3, h, w) in [0, 1] through the tokens and back, and the indices, where tokens are discrete."""
-    tokens = tokenizer.encode(images)
-    return tokenizer.decode(tokens, seed=seed), tokens.indices
 
 
 def load_tokenizer(model_path: str, teacher_path: str | None) -> Tokenizer:
@@ -169,11 +197,19 @@ def load_tokenizer(model_path: str, teacher_path: str | None) -> Tokenizer:
 
 
 def data_for(tokenizer: Tokenizer, cfg: Mapping[str, Any]) -> DataModule:
-    """The images, cut to the size that the tokenizer takes."""
+    """The images, cut to the size that the tokenizer takes. Raises UserError where the config asks for another one."""
     from smalti.config import instantiate
 
-    own = {"image_size": tokenizer.spec.image_size, "resize": None, "batch_size": cfg["batch_size"]}
-    module = instantiate({**cfg["data"], **own}, "data")
+    size, data = tokenizer.spec.image_size, dict(cfg["data"])
+    for key in ("image_size", "resize"):
+        if data[key] not in (None, size):
+            raise UserError(
+                f"data.{key}={data[key]}, but model_path={cfg['model_path']} takes images of {size} × {size}, to which "
+                "all are resized; leave it out"
+            )
+    if data["batch_size"] not in (None, cfg["batch_size"]):
+        raise UserError(f"data.batch_size={data['batch_size']} is of training; use batch_size={data['batch_size']}")
+    module = instantiate({**data, "image_size": size, "resize": None, "batch_size": cfg["batch_size"]}, "data")
     assert isinstance(module, DataModule)
     return module
 
@@ -216,6 +252,29 @@ def _networks(
     return lpips, inception, left_out
 
 
+def _baselines(
+    budgets: Sequence[int], cfg: Mapping[str, Any], image_size: int, left_out: dict[str, str]
+) -> Baselines | None:
+    """What is measured beside the tokenizer; with `lengths`, unless `baselines=false`. Codecs that Pillow has not are
+    added to what is left out."""
+    by_length = cfg["lengths"] is not None
+    if not (by_length if cfg["baselines"] is None else cfg["baselines"]):
+        return None
+    there = codecs() if budgets else ()
+    left_out |= {name: why_no_codec(name) for name in CODECS if budgets and name not in there}
+    further = further_budgets(budgets[-1], image_size) if by_length and budgets else ()
+    return Baselines(budgets, further=further, codecs=there, limit=cfg["baseline_images"])
+
+
+def _sizes(spec: TokenSpec, length: int) -> dict[str, float]:
+    """What `length` tokens take."""
+    figures: dict[str, float] = {"tokens": length}
+    bits, size = bits_of(spec, length), bytes_of(spec, length)
+    if bits is not None and size is not None:
+        figures |= {"bits_per_image": bits, "bytes_per_image": size, "bits_per_pixel": bits / spec.image_size**2}
+    return figures
+
+
 def _split_name(data: DataModule) -> str:
     """Which images `data.test` are: the folder's name, or that they were held out of the training images."""
     source = data.test.source
@@ -234,6 +293,28 @@ def _fingerprint(dataset: Any, batches: Sequence[Batch]) -> str:
     return keys.hexdigest()[:16]
 
 
+def _first(
+    tokenizer: Tokenizer,
+    dataset: Any,
+    batches: Sequence[Batch],
+    count: int,
+    lengths: Sequence[int],
+    cfg: Mapping[str, Any],
+    device: torch.device,
+) -> list[Tensor]:
+    """The first `count` images, and as they come at each of `lengths`: tensors (count, 3, h, w)."""
+    shown: list[list[Tensor]] = []
+    for number, batch in enumerate(batches):
+        left = count - sum(len(images[0]) for images in shown)
+        if left <= 0:
+            break
+        images = dataset.__getitems__(batch)["image"][:left].to(device).float() / 255
+        seed = seed_of("evaluate", cfg["seed"], number)
+        decoded = decode_prefixes(tokenizer, tokenizer.encode(images), lengths, seed=seed)
+        shown.append([images, *(each for _, each in decoded)])
+    return [torch.cat(parts) for parts in zip(*shown, strict=True)]
+
+
 def _picture(
     tokenizer: Tokenizer,
     dataset: Any,
@@ -242,14 +323,9 @@ def _picture(
     device: torch.device,
     figures: Mapping[str, float],
 ) -> Any:
-    """The first images over their reconstructions."""
-    shown: list[tuple[Tensor, Tensor]] = []
-    for number, batch in enumerate(batches):
-        if sum(len(images) for images, _ in shown) >= cfg["pictures"]:
-            break
-        images = dataset.__getitems__(batch)["image"].to(device).float() / 255
-        shown.append((images, reconstruct(tokenizer, images, seed=seed_of("evaluate", cfg["seed"], number))[0]))
-    originals, decoded = (torch.cat(part)[: cfg["pictures"]] for part in zip(*shown, strict=True))
+    """The first images over their reconstructions from the most tokens that were measured."""
+    length = int(figures["tokens"])
+    originals, decoded = _first(tokenizer, dataset, batches, cfg["pictures"], [length], cfg, device)
     spec = tokenizer.spec
     size = f", {figures['bits_per_image']:,.0f} bits an image" if "bits_per_image" in figures else ""
     count = sum(len(batch.samples) for batch in batches)
@@ -257,12 +333,45 @@ def _picture(
     return pictures.reconstructions(
         originals,
         decoded,
-        title=f"{type(tokenizer).__name__}, {spec.length} tokens{size}",
+        title=f"{type(tokenizer).__name__}, {length} tokens{size}",
         note=", ".join([*said, f"{count:,} images of {spec.image_size} × {spec.image_size}"]),
     )
 
 
-def _write(report: Mapping[str, Any], folder: Path, picture: Any) -> dict[str, str]:
+def _strip(
+    tokenizer: Tokenizer,
+    dataset: Any,
+    batches: Sequence[Batch],
+    lengths: Sequence[int],
+    cfg: Mapping[str, Any],
+    device: torch.device,
+) -> Any:
+    """The first images and what each number of tokens gives of them."""
+    rows = min(cfg["pictures"], STRIP_ROWS)
+    originals, *decoded = _first(tokenizer, dataset, batches, rows, lengths, cfg, device)
+    captions = [pictures.tokens_in_words(k, bytes_of(tokenizer.spec, k)) for k in lengths]
+    return pictures.strip(
+        [("original", originals), *zip(captions, decoded, strict=True)],
+        title=f"{type(tokenizer).__name__}: the first tokens of {tokenizer.spec.length}",
+    )
+
+
+def _plot(report: Mapping[str, Any], image_size: int) -> Any:
+    """PSNR over bytes, on the images that the codecs got."""
+    protocol, rows = report["protocol"], report["by_length"]
+    data, compared = protocol["data"], protocol["baseline_images"]
+    title = f"{protocol['model']['name']} beside image codecs"
+    return plots.rate_distortion(
+        report["rate_distortion"],
+        lengths=[int(row["tokens"]) for row in rows],
+        image_size=image_size,
+        mean_colour=report["figures"].get("mean_colour_psnr"),
+        title=title,
+        note=f"the first {compared:,} test images of {data['name']}, {protocol['resolution']} pixels",
+    )
+
+
+def _write(report: Mapping[str, Any], folder: Path, files: Mapping[str, Any]) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {
         "figures": folder / "metrics.json",
@@ -271,5 +380,10 @@ def _write(report: Mapping[str, Any], folder: Path, picture: Any) -> dict[str, s
     }
     paths["figures"].write_text(tables.to_json(report), encoding="utf-8")
     paths["table"].write_text(tables.to_markdown(report), encoding="utf-8")
-    pictures.save_png(picture, paths["picture"])
+    pictures.save_png(files["picture"], paths["picture"])
+    if files.get("strip") is not None:
+        paths["strip"] = pictures.save_png(files["strip"], folder / "strip.png")
+    if files.get("plot") is not None:
+        paths["plot"], paths["vector"] = folder / "rate-distortion.png", folder / "rate-distortion.svg"
+        plots.save(files["plot"], paths["plot"], paths["vector"])
     return {name: str(path) for name, path in paths.items()}

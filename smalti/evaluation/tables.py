@@ -1,13 +1,14 @@
 """A report of an evaluation as JSON, as a Markdown table that says how each figure was obtained, and as plain lines.
 
-report: {"figures": {name: number}, "left_out": {name: why}, "protocol": {…}}, as smalti/evaluation/run.py makes it.
+report: {"figures": {name: number}, "left_out": {name: why}, "protocol": {…}} and, of an evaluation by prefix length,
+{"by_length": [figures of each], "rate_distortion": curves}, as smalti/evaluation/run.py makes it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from smalti.evaluation.protocol import how
@@ -26,7 +27,17 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     rows += [(name, "–", f"left out: {why}") for name, why in report["left_out"].items()]
     protocol = report["protocol"]
     lines = [f"# {protocol['model']['path']}", "", sentence(protocol), "", *table(("figure", "value", "how"), rows), ""]
+    if "by_length" in report:
+        header, *body = by_length(report["by_length"])
+        lines += ["## By prefix length", "", *table(header, body, right=range(len(header))), ""]
+    if "rate_distortion" in report:
+        header, *body = rate_distortion(report["rate_distortion"])
+        words = "the codecs' mean PSNR, and in how many images' files of so many bytes there are"
+        lines += [f"## At equal bytes, on {protocol['baseline_images']} images", "", f"Budgets in bytes; {words}.", ""]
+        lines += [*table(header, body, right=range(len(header))), ""]
     for name, value in protocol.items():
+        if value is None:
+            continue
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {item}" for key, item in value.items() if item is not None) or "none"
         lines.append(f"- {name.replace('_', ' ')}: {value}")
@@ -41,12 +52,39 @@ def to_text(report: Mapping[str, Any]) -> str:
     lines = [sentence(report["protocol"])]
     lines += [f"  {name:{width}}  {value}" for name, value in figures.items()]
     lines += [f"  {name:{width}}  left out: {why}" for name, why in report["left_out"].items()]
+    if "by_length" in report:
+        rows = by_length(report["by_length"])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(lines)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, the second column to the right."""
-    lines = [header, [("---:" if i == 1 else "---") for i in range(len(header))], *rows]
+def by_length(rows: Sequence[Mapping[str, float]]) -> list[list[str]]:
+    """Cells of a table of the tokenizer's figures at each number of tokens, the header first."""
+    names = {"tokens": "tokens", "bits_per_image": "bits", "bytes_per_image": "bytes", "bits_per_pixel": "bits a pixel"}
+    names |= {name: name for name in ("psnr", "ssim", "lpips", "rfid")}
+    there = [name for name in names if name in rows[0]]
+    return [[names[name] for name in there], *([shown(name, row[name]) for name in there] for row in rows)]
+
+
+def rate_distortion(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> list[list[str]]:
+    """Cells of a table of the tokenizer's PSNR and the codecs' at each budget of bytes, the header first."""
+    codecs = [name for name in curves if name != "tokens"]
+    ours = {point["bytes"]: point["psnr"] for point in curves["tokens"]}
+    points = {name: {point["budget"]: point for point in curves[name]} for name in codecs}
+    rows = [["bytes", "tokens", *codecs]]
+    for budget in sorted({*ours, *(budget for found in points.values() for budget in found)}):
+        row = [f"{budget:,.0f}", shown("psnr", ours[budget]) if budget in ours else ""]
+        for name in codecs:
+            point = points[name].get(budget)
+            row.append(f"{shown('psnr', point['psnr'])} ({point['images']:.0f})" if point else "–")
+        rows.append(row)
+    return rows
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Container[int] = (1,)) -> list[str]:
+    """Lines of a Markdown table; `right` names the columns that stand to the right."""
+    lines = [header, [("---:" if i in right else "---") for i in range(len(header))], *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 

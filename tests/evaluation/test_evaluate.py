@@ -75,7 +75,7 @@ def test_only_the_metrics_asked_for_and_the_images_asked_for_are_measured(config
             f"model_path={model_path}", f"data.path={images_path}", f"output={tmp_path}", "metrics=[psnr]", "images=5"
         )
     )
-    assert report["figures"].keys() == {"psnr", "tokens", "bits_per_image", "bits_per_pixel"}
+    assert report["figures"].keys() == {"psnr", "tokens", "bits_per_image", "bytes_per_image", "bits_per_pixel"}
     assert report["left_out"] == {}
     assert report["protocol"]["images"] == 5
 

@@ -1,0 +1,44 @@
+"""How a decoder that samples goes about it: `sampling.steps=10 sampling.guidance=2` over the tokenizer's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass, replace
+from typing import Any
+
+from smalti.errors import UserError, did_you_mean
+from smalti.tokenizers.base import Tokenizer
+
+
+def override_sampling(tokenizer: Tokenizer, given: Mapping[str, Any], key: str = "sampling") -> None:
+    """Replace fields of `tokenizer.sampling`, which `decode` reads.
+
+    key: the section's place in the config, for messages. Raises UserError for a tokenizer that does not sample, and for
+    fields and values that its sampling does not take.
+    """
+    if not given:
+        return
+    settings: Any = getattr(tokenizer, "sampling", None)
+    if not is_dataclass(settings) or isinstance(settings, type):
+        first = next(iter(given))
+        raise UserError(f"{key}.{first}={given[first]}: {type(tokenizer).__name__} does not sample; leave {key} out")
+    known = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    for name, value in given.items():
+        if name not in known:
+            hint = did_you_mean(str(name), known) or f"; it has {', '.join(known)}"
+            raise UserError(f"{key}.{name} is not a setting of {type(tokenizer).__name__}'s sampling{hint}")
+        old = known[name]
+        whole = type(value) is int and type(old) is float
+        if old is not None and value is not None and type(value) is not type(old) and not whole:
+            raise UserError(f"{key}.{name}={value} is not of the kind of {key}.{name}={old}; give such a value")
+    try:
+        changed: Any = replace(settings, **given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}: {error}") from error
+    tokenizer.sampling = changed
+
+
+def describe_sampling(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The settings that `decode` uses, as plain values; None for decoders that do not sample."""
+    settings: Any = getattr(tokenizer, "sampling", None)
+    return asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else None
