@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _CLASSES: dict[str, str | type] = {
     "titok": "smalti.tokenizers.titok:TiTok",
+    "flextok": "smalti.tokenizers.flextok:FlexTok",
     "maskgit_vqgan": "smalti.tokenizers.maskgit_vqgan:MaskGITVQGAN",
     "vq": "smalti.tokenizers.quantizers.vq:VectorQuantizer",
     "kl": "smalti.tokenizers.quantizers.kl:GaussianQuantizer",

@@ -10,7 +10,6 @@ from torch import Tensor
 MODES = ("full", "causal", "causal_last")
 
 
-@lru_cache(maxsize=64)
 def attention_mask(sizes: tuple[int, ...], mode: str, device: torch.device) -> Tensor | None:
     """(n, n) bool for parts of the given sizes, n their sum; None where all see all. Made once for a shape.
 
@@ -21,12 +20,19 @@ def attention_mask(sizes: tuple[int, ...], mode: str, device: torch.device) -> T
         raise ValueError(f"mask={mode!r} is not known; use one of {', '.join(MODES)}")
     if mode == "full":
         return None
+    return (_make if torch.compiler.is_compiling() else _made)(sizes, mode, device)
+
+
+def _make(sizes: tuple[int, ...], mode: str, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a mask made while encoding serves training later
         n, before_last = sum(sizes), sum(sizes[:-1])
         mask = torch.ones(n, n, dtype=torch.bool, device=device).tril_()
         if mode == "causal_last":
             mask[:, :before_last] = True
         return mask
+
+
+_made = lru_cache(maxsize=64)(_make)
 
 
 def among_present(mask: Tensor | None, present: Tensor) -> Tensor:
