@@ -55,7 +55,8 @@ class NestedDropout(Regularizer):
 
     def draw(self, batch_size: int, length: int, generator: torch.Generator) -> Draws:
         lengths, chances = keep_lengths(self.mode, length), probabilities(self.mode, length, self.exponent)
-        chosen = torch.multinomial(chances, batch_size, replacement=True, generator=generator) if batch_size else []
+        # At least one is drawn: multinomial takes no 0.
+        chosen = torch.multinomial(chances, max(batch_size, 1), replacement=True, generator=generator)[:batch_size]
         return {"lengths": lengths[chosen].clamp(max=length)}  # rounding up may pass the end
 
     def check(self, length: int) -> None:

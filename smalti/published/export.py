@@ -1,7 +1,7 @@
 """Write an export: of a run of ours, or of a published checkpoint; the program behind `export.py`.
 
 python export.py run=runs/titok/tiny output=DIR                the averaged weights of its newest good checkpoint
-python export.py source=titok checkpoint=FILE output=DIR       a published file (smalti/published/titok.py)
+python export.py source=titok checkpoint=FILE output=DIR       a published file (smalti/published/<source>.py)
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from smalti import exports
 from smalti.config import instantiate
 from smalti.errors import UserError
-from smalti.published import titok
+from smalti.published import onedpiece, titok
 from smalti.tokenizers.base import Tokenizer
 from smalti.training import checkpoint as checkpoints
 
-SOURCES = {"titok": titok.convert}
+SOURCES = {"titok": titok.convert, "onedpiece": onedpiece.convert}
 
 
 def export(config: DictConfig) -> Path:

@@ -30,6 +30,7 @@ from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from smalti.tokenizers.quantizers.base import Quantizer
 from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.quantizers.vq import VectorQuantizer
+from smalti.tokenizers.regularizers import Regularizer
 from smalti.tokenizers.titok import TiTok
 
 State = dict[str, Tensor]
@@ -101,11 +102,15 @@ def load_published(model: Tokenizer, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict({our_name(name): state[name].reshape(own[our_name(name)].shape) for name in given})
 
 
-def build_tokenizer(config: Mapping[str, Any], size_overrides: Mapping[str, Any] | None = None) -> Tokenizer:
+def build_tokenizer(
+    config: Mapping[str, Any],
+    size_overrides: Mapping[str, Any] | None = None,
+    regularizer: Regularizer | None = None,
+) -> Tokenizer:
     """The model of a published configuration, with fresh weights.
 
     config: with the keys model.vq_model and dataset.preprocessing.crop_size (TiTok, TA-TiTok), or vqgan and quantizer
-    (MaskGIT-VQGAN). size_overrides: replaces parts of HARD_CODED.
+    (MaskGIT-VQGAN). size_overrides: replaces parts of HARD_CODED. regularizer: of a TiTok whose prefixes decode.
     """
     sizes = {**HARD_CODED, **(size_overrides or {})}
     if "vqgan" in config:
@@ -143,6 +148,7 @@ def build_tokenizer(config: Mapping[str, Any], size_overrides: Mapping[str, Any]
         if with_text
         else None,
         freeze_encoder=bool(stage2),
+        regularizer=regularizer,
     )
 
 
@@ -165,6 +171,7 @@ def convert(
     checkpoint: str | Path,
     config: str | Path | None = None,
     size_overrides: Mapping[str, Any] | None = None,
+    regularizer: Regularizer | None = None,
 ) -> Tokenizer:
     """A published checkpoint as a model of ours, in evaluation mode, with its origin and licence in `metadata`.
 
@@ -181,8 +188,10 @@ def convert(
         size_overrides = {**inferred, **(size_overrides or {})}
     else:
         settings = _read_config(found)
+    if settings.get("model", {}).get("type") == "one_d_piece" and regularizer is None:
+        raise UserError(f"{found} describes a One-D-Piece model, whose prefixes decode; use source=onedpiece")
     try:
-        model = build_tokenizer(settings, size_overrides)
+        model = build_tokenizer(settings, size_overrides, regularizer)
     except (KeyError, TypeError, ValueError) as error:
         where = found or file
         missing = f"lacks {error}" if isinstance(error, KeyError) else str(error)
@@ -310,7 +319,8 @@ def _weights_file(checkpoint: Path) -> Path:
         return checkpoint
     if not checkpoint.is_dir():
         raise UserError(f"checkpoint={checkpoint} does not exist; give a published file or folder")
-    for folder in ("", "ema_model", "unwrapped_model"):
+    # Averaged weights first: the published training writes its live ones under the plain name beside them.
+    for folder in ("ema_model", "", "unwrapped_model"):
         for name in ("model.safetensors", "pytorch_model.bin"):
             if (file := checkpoint / folder / name).is_file():
                 return file

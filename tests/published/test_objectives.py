@@ -44,9 +44,9 @@ class GivenCodes(nn.Module):
 class ConvolutionDistance(nn.Module):
     """The stand-in that the fixtures describe: mean of (conv(image) − conv(reconstruction))²."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 8) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(3, channels, 3, stride=2, padding=1)
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         return (self.conv(images) - self.conv(reconstruction)).square().mean()

@@ -24,7 +24,7 @@ def optim_config(config: dict, processes: int = 1) -> OptimConfig:
     peak = schedule["params"]["learning_rate"]  # the schedule's own, of which `end_lr` is a fraction for both models
     return OptimConfig(
         lr=optimizer["learning_rate"],
-        discriminator_lr=optimizer["discriminator_learning_rate"],
+        discriminator_lr=optimizer.get("discriminator_learning_rate", optimizer["learning_rate"]),
         betas=(optimizer["beta1"], optimizer["beta2"]),
         weight_decay=optimizer["weight_decay"],
         schedule=schedule["scheduler"],

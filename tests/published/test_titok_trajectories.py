@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from smalti.objectives.base import Objective
 from smalti.objectives.codes import ProxyCodeObjective
 from smalti.published.titok import build_tokenizer, load_published, to_published
 from smalti.published.titok_objective import load_objective_weights, objective_from_config, published_names
+from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
+from smalti.tokenizers.quantizers.base import Draws
 from smalti.training.ema import EMAConfig
 from smalti.training.loop import build_trainer, fit
+from smalti.training.optim import OptimConfig
 from smalti.training.tokenizer_module import StepOutput, TokenizerModule
 
 
@@ -50,8 +53,9 @@ def teacher_of(case: Any) -> MaskGITVQGAN:
     return teacher
 
 
-def train(case: Any, folder: Path) -> tuple[TokenizerModule, Record]:
-    config, training = case.config, case.config["training"]
+def models_of(case: Any) -> tuple[Tokenizer, Objective]:
+    """The tokenizer and the objective that a case begins with."""
+    config = case.config
     tokenizer = build_tokenizer(config, case.size_overrides)
     load_published(tokenizer, case.weights_of("model"))
     stage_1 = "reconstruction_loss" not in config["losses"]
@@ -63,19 +67,33 @@ def train(case: Any, folder: Path) -> tuple[TokenizerModule, Record]:
     )
     if not stage_1:
         load_objective_weights(objective, case.weights_of("loss"))
+    return tokenizer, objective
+
+
+def train(
+    case: Any,
+    folder: Path,
+    tokenizer: Tokenizer,
+    objective: Objective,
+    *,
+    optim: OptimConfig,
+    steps: int,
+    draws: Iterable[Draws] | None = None,
+) -> tuple[TokenizerModule, Record]:
+    """`steps` steps of the case's training; `draws` of each micro-batch replace those that we would make."""
+    training = case.config["training"]
     module = TokenizerModule(
         tokenizer,
         objective,
-        optim_config(config),
+        optim,
         max_steps=training["max_train_steps"],
         ema=EMAConfig(0.999),
         accumulate=training["gradient_accumulation_steps"],
     )
-    if "noise" in case.inputs:  # the posterior's draws, (b, d, 1, n) there
-        noises: Iterator[Tensor] = iter(rearrange(case.inputs["noise"], "m b d 1 n -> m b n d"))
-        tokenizer.draw = lambda batch_size, generator: {"noise": next(noises)}  # type: ignore[method-assign]
+    if draws is not None:
+        given = iter(draws)
+        tokenizer.draw = lambda batch_size, generator: next(given)  # type: ignore[method-assign]
     record = Record(objective)
-    steps = case.meta["optimizer_steps"]
     trainer = build_trainer(max_steps=steps, folder=folder, callbacks=[record], accelerator="cpu")
     batches = [{"image": images} for images in case.inputs["images"]]
     fit(trainer, module, lambda start: DataLoader(batches[start:], batch_size=None))  # type: ignore[arg-type]
@@ -129,7 +147,11 @@ def compare_state(case: Any, role: str, state: dict[str, Tensor]) -> None:
 
 @pytest.mark.family("titok-stage1-trajectory", "titok-stage2-trajectory", model_type="titok")
 def test_the_published_steps_are_ours(case: Any, tmp_path: Path) -> None:
-    module, record = train(case, tmp_path)
+    draws = None
+    if "noise" in case.inputs:  # the posterior's draws, (b, d, 1, n) there
+        draws = [{"noise": noise} for noise in rearrange(case.inputs["noise"], "m b d 1 n -> m b n d")]
+    optim, steps = optim_config(case.config), case.meta["optimizer_steps"]
+    module, record = train(case, tmp_path, *models_of(case), optim=optim, steps=steps, draws=draws)
     outputs = record.outputs
     compared: set[str] = set()
 
