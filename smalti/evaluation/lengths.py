@@ -18,21 +18,25 @@ def lengths_of(n: int) -> list[int]:
     return sorted({*(2**power for power in range(n.bit_length())), n})
 
 
-def chosen_lengths(given: int | str | Sequence[int] | None, spec: TokenSpec, key: str = "lengths") -> list[int]:
+def chosen_lengths(
+    given: int | str | Sequence[int] | None, spec: TokenSpec, key: str = "lengths", every: str = "all"
+) -> list[int]:
     """What a config asks for, as rising numbers of tokens, each once.
 
-    given: null (the full length only), "all" (`lengths_of` all tokens), a number or a list of numbers; key: its place
-    in the config, for messages. Raises UserError for lengths that these tokens do not have or cannot be decoded at.
+    given: null (the full length only), a number, a list of numbers, or the word `every` (`lengths_of` all tokens). key:
+    its place in the config, for messages. Raises UserError for lengths that these tokens do not have or cannot be
+    decoded at.
     """
     n = spec.length
     if given is None:
         return [n]
-    if isinstance(given, str) and given != "all":
-        raise UserError(f"{key}={given} is unknown{did_you_mean(given, ['all'])}; use all, or a list such as [1,2,{n}]")
+    if isinstance(given, str) and given != every:
+        hint = did_you_mean(given, [every]) or ";"
+        raise UserError(f"{key}={given} is unknown{hint} use {every}, or a list such as [1,2,{n}]")
     asked = lengths_of(n) if isinstance(given, str) else [given] if isinstance(given, int) else list(given)
     shown = given if isinstance(given, str) else f"[{','.join(map(str, asked))}]"
     if not asked:
-        raise UserError(f"{key}=[] names no length; use all, or a list such as [1,2,{n}]")
+        raise UserError(f"{key}=[] names no length; use {every}, or a list such as [1,2,{n}]")
     for length in asked:
         if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= n:
             raise UserError(f"{key}={shown}: {length} is not a number of tokens; this tokenizer has 1 to {n} an image")
@@ -42,6 +46,12 @@ def chosen_lengths(given: int | str | Sequence[int] | None, spec: TokenSpec, key
             f"tokenizer/regularizer=nested_dropout or tail_drop; use {key}=null"
         )
     return sorted(set(asked))
+
+
+def first(tokens: Tokens, count: int) -> Tokens:
+    """The tokens of the first `count` images."""
+    indices = None if tokens.indices is None else tokens.indices[:count]
+    return Tokens(tokens.latents[:count], tokens.lengths[:count], indices)
 
 
 def decode_prefixes(

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from smalti.data.augment import center_crop, resize_shorter
 from smalti.data.decode import decode_image
 from smalti.errors import UserError
 from smalti.evaluation import pictures
+from smalti.evaluation.lengths import bits_of, bytes_of, chosen_lengths, decode_prefixes
 from smalti.evaluation.metrics import psnr, ssim
 from smalti.evaluation.protocol import describe_model, preprocessing
+from smalti.evaluation.sampling import describe_sampling
 from smalti.tokenizers.base import Tokenizer
 from smalti.training.draws import seed_of
 
@@ -44,21 +46,22 @@ def reconstruct_photo(
     tokenizer: Tokenizer, cfg: Mapping[str, Any], folder: Path, device: torch.device
 ) -> dict[str, Any]:
     """Write NAME-original.png (what the tokenizer saw), NAME-reconstruction.png, NAME-side-by-side.png and
-    NAME-tokens.json into `folder`, and print what they say.
+    NAME-tokens.json into `folder`, with `lengths` NAME-strip.png, too, and print what they say.
 
     A photo of any size: its shorter side is resized to the tokenizer's and the middle cut, as in the evaluation.
     """
     path, spec = Path(cfg["image"]).expanduser(), tokenizer.spec
-    size = spec.image_size
+    size, lengths = spec.image_size, chosen_lengths(cfg["lengths"], spec)
     try:
         photo = read_square(path, size)
     except (OSError, ValueError) as error:
         raise UserError(f"image={path} cannot be read: {error}; give a JPEG, PNG or WebP file") from error
     images = photo.image[None].to(device)
     tokens = tokenizer.encode(images)
-    decoded = tokenizer.decode(tokens, seed=seed_of("evaluate", cfg["seed"], 0))
+    by_length = dict(decode_prefixes(tokenizer, tokens, lengths, seed=seed_of("evaluate", cfg["seed"], 0)))
 
-    bits = None if spec.bits is None else spec.length * spec.bits
+    length = lengths[-1]
+    decoded, bits = by_length[length], bits_of(spec, length)
     report: dict[str, Any] = {
         "image": str(path),
         "pixels": list(photo.pixels),
@@ -67,11 +70,24 @@ def reconstruct_photo(
         "psnr": psnr(images, decoded).item(),
         "ssim": ssim(images, decoded).item(),
         "bits": bits,
-        "bytes": None if bits is None else math.ceil(bits / 8),
+        "bytes": bytes_of(spec, length),
         "bits_per_pixel": None if bits is None else bits / size**2,
         "bytes_of_the_file": path.stat().st_size,
+        "seed": cfg["seed"],
+        "sampling": describe_sampling(tokenizer),
     }
-    values = tokens.latents if tokens.indices is None else tokens.indices
+    if cfg["lengths"] is not None:
+        report["by_length"] = [
+            {
+                "tokens": k,
+                "bits": bits_of(spec, k),
+                "bytes": bytes_of(spec, k),
+                "psnr": psnr(images, part).item(),
+                "ssim": ssim(images, part).item(),
+            }
+            for k, part in by_length.items()
+        ]
+    values = (tokens.latents if tokens.indices is None else tokens.indices)[:, :length]
     name = "latents" if tokens.indices is None else "indices"
     files = {
         kind: folder / f"{path.stem}-{kind}{'.json' if kind == 'tokens' else '.png'}"
@@ -80,18 +96,32 @@ def reconstruct_photo(
     pictures.save_png(pictures.to_pil(images[0]), files["original"])
     pictures.save_png(pictures.to_pil(decoded[0]), files["reconstruction"])
     beside = pictures.side_by_side(
-        [(f"original, {size} × {size}", images[0]), (_size_of(spec.length, bits), decoded[0])],
+        [(f"original, {size} × {size}", images[0]), (_size_of(length, bits), decoded[0])],
         note=f"PSNR {report['psnr']:.2f} dB",
     )
     pictures.save_png(beside, files["side-by-side"])
+    if "by_length" in report:
+        files["strip"] = pictures.save_png(_strip(images, by_length, report), folder / f"{path.stem}-strip.png")
     content = {**report, "spec": spec.to_dict(), name: values[0].tolist()}
     files["tokens"].write_text(json.dumps(content) + "\n", encoding="utf-8")
 
-    print(f"{path.name}, {photo.pixels[0]} × {photo.pixels[1]}: {_in_words(report, spec.length, spec.codebook_size)}")
+    print(f"{path.name}, {photo.pixels[0]} × {photo.pixels[1]}: {_in_words(report, length, spec.codebook_size)}")
     print(f"  PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f} against its middle at {size} × {size}")
+    for row in report.get("by_length", []):
+        taken = "" if row["bytes"] is None else f", {row['bytes']:,} bytes"
+        print(f"  {row['tokens']:5,} tokens{taken}: PSNR {row['psnr']:.2f} dB, SSIM {row['ssim']:.4f}")
     report["files"] = {kind: str(file) for kind, file in files.items()}
     print("\n".join(f"{kind:15} {file}" for kind, file in report["files"].items()))
     return {**report, "tokens": values[0].tolist()}
+
+
+def _strip(images: Tensor, by_length: Mapping[int, Tensor], report: Mapping[str, Any]) -> Image.Image:
+    """The original, then what each number of tokens gives of it."""
+    columns = [("original", images)]
+    for row in report["by_length"]:
+        caption = pictures.tokens_in_words(row["tokens"], row["bytes"])
+        columns.append((f"{caption}\n{row['psnr']:.2f} dB", by_length[row["tokens"]]))
+    return pictures.strip(columns)
 
 
 def _size_of(length: int, bits: float | None) -> str:

@@ -158,6 +158,8 @@ def measure(
         ]
         if not budgets:
             left_out["rate_distortion"] = "continuous tokens have no size in bytes"
+        elif baselines is None:
+            left_out["rate_distortion"] = "baselines=false leaves out what it would compare with"
         elif baselines is not None and baselines.compared:
             report["rate_distortion"] = baselines.curves()
     if rank == 0:

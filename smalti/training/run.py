@@ -15,9 +15,11 @@ from smalti import runs
 from smalti.config import instantiate
 from smalti.data.module import DataModule
 from smalti.errors import UserError
+from smalti.evaluation.lengths import chosen_lengths
 from smalti.objectives.base import Objective
 from smalti.objectives.codes import ProxyCodeObjective
 from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.spec import TokenSpec
 from smalti.tokenizers.titok import TiTok
 from smalti.training.callbacks.checkpointing import Checkpointing
 from smalti.training.callbacks.metrics_csv import MetricsCsv
@@ -50,6 +52,7 @@ def train(config: DictConfig) -> dict[str, float]:
     data: DataModule = instantiate(config.data, "data")
     data.check(**share)
     tokenizer, objective = build_models(config)
+    lengths = validated_lengths(settings["validation"]["lengths"], tokenizer.spec)
 
     folder = Path(config.run)
     if runs.rank() == 0:
@@ -73,7 +76,7 @@ def train(config: DictConfig) -> dict[str, float]:
         devices=devices,
         num_nodes=trainer_settings["num_nodes"],
         loggers=build_loggers(settings["logger"], folder, settings),
-        callbacks=_callbacks(settings, folder, data, share, metrics),
+        callbacks=_callbacks(settings, folder, data, share, metrics, lengths),
     )
 
     def train_loader(start: int) -> Iterable[Any]:
@@ -116,6 +119,13 @@ def build_models(config: DictConfig) -> tuple[Tokenizer, Objective]:
     return tokenizer, objective
 
 
+def validated_lengths(given: int | str | list[int] | None, spec: TokenSpec) -> list[int]:
+    """Numbers of tokens at which a run is validated: `auto` is 1, 2, 4, … where prefixes can be decoded, else none."""
+    if given is None or (given == "auto" and not spec.prefix_decodable):
+        return []
+    return chosen_lengths(given, spec, "validation.lengths", every="auto")
+
+
 def device_count(devices: int | str) -> int:
     """Processes on this machine: `auto` is one for every GPU, or one on the CPU."""
     return max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
@@ -149,7 +159,12 @@ def newest_picture(folder: Path) -> Path | None:
 
 
 def _callbacks(
-    settings: dict[str, Any], folder: Path, data: DataModule, share: dict[str, int], metrics: MetricsCsv
+    settings: dict[str, Any],
+    folder: Path,
+    data: DataModule,
+    share: dict[str, int],
+    metrics: MetricsCsv,
+    lengths: list[int],
 ) -> list[pl.Callback]:
     """In the order in which they act at a step's end."""
     every, images = settings["validation"]["every"], settings["validation"]["images"]
@@ -162,8 +177,8 @@ def _callbacks(
         folder / "checkpoints", settings["checkpoint"]["every"], settings["checkpoint"]["keep"]
     )
     return [
-        Validation(validation_batches, every),
-        Pictures(pictured, folder / "images", every),
+        Validation(validation_batches, every, lengths=lengths, length_images=settings["validation"]["length_images"]),
+        Pictures(pictured, folder / "images", every, lengths),
         metrics,
         checkpointing,
         Signals(checkpointing),

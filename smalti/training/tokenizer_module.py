@@ -165,11 +165,10 @@ class TokenizerModule(pl.LightningModule):
         )
         return {"output": result}
 
-    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Reconstructions (b, 3, h, w) in [0, 1] of the averaged model, and its indices; in inference mode."""
-        averaged = cast(Tokenizer, self.ema.model)
-        tokens = averaged.encode(images)
-        return averaged.decode(tokens), tokens.indices
+    @property
+    def averaged(self) -> Tokenizer:
+        """The model that validation shows and exports hold."""
+        return cast(Tokenizer, self.ema.model)
 
     def draws(self, batch_size: int, step: int, micro: int) -> Draws:
         """The random numbers of a micro-batch: from a generator made anew for (seed, step, rank, micro-batch).

@@ -101,12 +101,16 @@ class ProgressBar(pl.Callback):
 
 
 def _numbers(row: dict[str, float]) -> str:
-    """The loss and its terms, then what was validated, then skipped steps, if any."""
+    """The loss and its terms, then what was validated (PSNR by number of tokens in one), then skipped steps, if any."""
     shown = {name.removeprefix("loss/"): value for name, value in row.items() if name.split("/")[0] == "loss"}
     shown |= {name.removeprefix("validation/"): value for name, value in row.items() if name.startswith("validation/")}
+    by_length = {name.removeprefix("psnr@"): shown.pop(name) for name in list(shown) if name.startswith("psnr@")}
     if row.get("skipped"):
         shown["skipped"] = row["skipped"]
-    return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+    words = [f"{name} {value:.4g}" for name, value in shown.items()]
+    if by_length:
+        words.append(f"psnr@{'/'.join(by_length)} {'/'.join(f'{value:.1f}' for value in by_length.values())}")
+    return "  ".join(words)
 
 
 def _clock(seconds: float) -> str:
