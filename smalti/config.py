@@ -111,11 +111,12 @@ def compose(command: str, overrides: Sequence[str], config_dir: str | None = Non
     search = search_path(config_dir)
     chosen = search + _lines(groups + launch)
     with session():
-        config, choices = before, _ = _hydra(command, chosen)
+        chosen, before, choices = _recipe(command, chosen, groups)
+        config = before
         if parts := _switched_on(before, groups, config_dir):
             chosen += parts
             config, _ = before, _ = _hydra(command, chosen)
-        of_recipe = choices if groups == recipe else _hydra(command, search + _lines(recipe))[1]
+        of_recipe = choices if groups == recipe else _recipe(command, search + _lines(recipe), recipe)[2]
         for override in values:
             _check_key(before, override)
         if values:
@@ -250,6 +251,22 @@ def _is_free(override: Override) -> bool:
     return override.key_or_group.split(".")[0] in FREE and "." in override.key_or_group and not override.is_add()
 
 
+def _recipe(
+    command: str, lines: list[str], groups: Sequence[Override]
+) -> tuple[list[str], DictConfig, dict[str, str]]:
+    """Compose, with the options that a scale puts in place of the recipe's; the lines it took, config and choices.
+
+    `instead: {objective: pixels}` says so in an overlay: Hydra allows none of its own overrides there.
+    """
+    config, choices = _hydra(command, lines)
+    given = [override.key_or_group for override in groups]
+    others = [f"{group}={name}" for group, name in (config.get("instead") or {}).items() if group not in given]
+    if others:
+        lines = lines + others
+        config, choices = _hydra(command, lines)
+    return lines, config, choices
+
+
 def _hydra(command: str, lines: list[str]) -> tuple[DictConfig, dict[str, str]]:
     """Compose, with Hydra's and OmegaConf's refusals as UserError. The config without Hydra's node, and the choices."""
     try:
@@ -279,6 +296,7 @@ def _resolved(config: DictConfig, choices: Mapping[str, str]) -> DictConfig:
     with open_dict(config):
         if "experiment" in choices:
             config["experiment"] = choices["experiment"]
+        config.pop("instead", None)  # it has been done
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]} is required: give {missing[0]}=…; `--help` says what it is")

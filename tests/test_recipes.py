@@ -28,7 +28,7 @@ def flat(config: Any, key: str = "") -> dict[str, Any]:
     return {key[1:]: config}
 
 
-# Source of every number: titok fact sheet (bytedance/1d-tokenizer@942a96f, its configs and READMEs).
+# Source of every number: titok fact sheet (bytedance/1d-tokenizer@942a96f, its configs and READMEs), if not said.
 EVERY_PAPER_RECIPE = {
     "data.image_size": 256, "data.resize": 256, "data.crop": "random", "data.flip": True, "data.batch_size": 256,
     "optimizer.lr": 1e-4, "optimizer.discriminator_lr": 1e-4, "optimizer.weight_decay": 1e-4, "optimizer.eps": 1e-8,
@@ -84,6 +84,30 @@ def sizes(encoder: str, decoder: str, tokens: int) -> dict[str, Any]:
     return {**numbers, **patches, "tokenizer.num_latent_tokens": tokens}
 
 
+def onedpiece(size: str, micro_batches: dict[int, int], stage: int) -> dict[str, Any]:
+    """One-D-Piece's numbers, where they are not TiTok's. Source: turing-motors/One-D-Piece@473665d, its configs."""
+    return {
+        **(STAGE_1 if stage == 1 else STAGE_2),
+        **sizes(size, size, 256),
+        "data.batch_size": 1024 if stage == 1 else 512,
+        "trainer.accumulate": micro_batches[stage],
+        "trainer.precision": "bf16-mixed",
+        "optimizer.no_decay": ["ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma"],
+        "tokenizer.quantizer.commitment_weight": 0.25,
+        "tokenizer.regularizer._target_": "smalti.tokenizers.regularizers.TailDrop",
+        "tokenizer.regularizer.per": "batch",
+    }
+
+
+ONE_D_PIECE = {
+    f"{name}{'' if stage == 1 else '_stage2'}": onedpiece(size, micro_batches, stage)
+    for name, size, micro_batches in (
+        ("onedpiece", "S", {1: 1, 2: 1}),
+        ("onedpiece_b256", "B", {1: 1, 2: 1}),
+        ("onedpiece_l256", "L", {1: 4, 2: 2}),
+    )
+    for stage in (1, 2)
+}
 PAPER = {
     "titok_s128": {**STAGE_1, **sizes("S", "S", 128)},
     "titok_b64": {**STAGE_1, **sizes("B", "B", 64)},
@@ -98,6 +122,7 @@ PAPER = {
     "titok_bl64_vae": {**ONE_STAGE, **VAE, **sizes("B", "L", 64)},
     "titok_bl128_vae": {**ONE_STAGE, **VAE, **sizes("B", "L", 128)},
     "titok": {**ONE_STAGE, **sizes("S", "S", 128)},
+    **ONE_D_PIECE,
     "maskgit_vqgan": {
         "tokenizer.channels": 128, "tokenizer.channel_mult": [1, 1, 2, 2, 4], "tokenizer.num_res_blocks": 2,
         "tokenizer.shortcut": "published", "tokenizer.quantizer.codebook_size": 1024, "tokenizer.quantizer.dim": 256,
@@ -120,7 +145,7 @@ def test_every_yaml_is_an_option_of_a_group_that_composes() -> None:
     for path in sorted(FOLDER.rglob("*.yaml")):
         group, option = path.parent.relative_to(FOLDER).as_posix(), path.stem
         if group == ".":
-            assert option in ("train", "evaluate", "export")
+            assert option in ("train", "evaluate", "encode", "export")
         elif group.startswith("overlay/"):
             _, kind, scale = group.split("/")
             holders = {"tokenizer": "tokenizer", "objective": "objective", "quantizer": "tokenizer/quantizer"}
