@@ -19,6 +19,8 @@ _CLASSES: dict[str, str | type] = {
     "titok": "smalti.tokenizers.titok:TiTok",
     "flextok": "smalti.tokenizers.flextok:FlexTok",
     "maskgit_vqgan": "smalti.tokenizers.maskgit_vqgan:MaskGITVQGAN",
+    "klvae": "smalti.tokenizers.klvae:KLVAE",
+    "patch_vae": "smalti.tokenizers.patch_vae:PatchVAE",
     "vq": "smalti.tokenizers.quantizers.vq:VectorQuantizer",
     "kl": "smalti.tokenizers.quantizers.kl:GaussianQuantizer",
     "fsq": "smalti.tokenizers.quantizers.fsq:FSQ",
