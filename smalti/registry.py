@@ -81,7 +81,7 @@ def describe(value: Any, *, defaults: bool = True) -> Any:
         arguments = {
             key: describe(argument, defaults=defaults)
             for key, argument in value.arguments.items()
-            if key not in known or argument != known[key].default
+            if key not in known or _plain(argument) != _plain(known[key].default)
         }
         return {"name": name_of(value), **arguments}
     if isinstance(value, dict):
@@ -91,6 +91,13 @@ def describe(value: Any, *, defaults: bool = True) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{type(value).__name__} cannot be written into config.json: {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    """Sequences as JSON gives them back: a default (0.5, 0.5) is also the [0.5, 0.5] of a file."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def build(description: Any) -> Any:

@@ -18,6 +18,7 @@ from smalti.errors import UserError
 from smalti.exports import _digest
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
+from smalti.tokenizers.quantizers.fsq import FSQ
 from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.quantizers.vq import VectorQuantizer
 from smalti.tokenizers.regularizers import NestedDropout, TailDrop
@@ -99,6 +100,12 @@ def test_an_argument_that_a_later_version_adds_changes_no_fingerprint(
     assert model.fingerprint() == before
     export(model, tmp_path)
     assert smalti.load(str(tmp_path)).fingerprint() == before
+
+
+def test_a_default_tuple_leaves_no_trace_in_a_fingerprint_as_the_list_that_a_file_gives_back(tmp_path: Path) -> None:
+    model = titok(quantizer=FSQ(levels=[8, 5, 5]))  # whose corrupt_share is (0.5, 0.5)
+    export(model, tmp_path)
+    assert smalti.load(str(tmp_path)).fingerprint() == model.fingerprint()
 
 
 def test_an_export_whose_fingerprint_is_over_all_arguments_still_loads(tmp_path: Path) -> None:
