@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from omegaconf import OmegaConf
+
 from smalti import tokfile, usage
 from smalti.checks import IMAGES, check_encode, check_folder
 from smalti.commands import Line, no_sweep, print_config, read
@@ -35,7 +37,8 @@ def _command(line: Line) -> None:
         return
     check_encode(config)
     key = "image" if config.decode is None else "decode"
-    pairs = plan(key, config[key], config.output)
+    given = OmegaConf.to_container(config)[key]  # type: ignore[index,call-overload]
+    pairs = plan(key, given, config.output)
     if key == "image":
         from smalti.encoding import encode
 
@@ -54,18 +57,15 @@ def plan(key: str, given: Any, output: str) -> list[Pair]:
     there or holds nothing, for two files of one name, and where something else would be overwritten.
     """
     suffix = tokfile.SUFFIX if key == "image" else PICTURE
-    found = [
-        pair for place in (given if isinstance(given, list) else [given]) for pair in _found(key, Path(str(place)))
-    ]
+    places = given if isinstance(given, list) else [given]
+    found = [pair for place in places for pair in _found(key, Path(str(place)))]
     if (single := _as_file(output, suffix)) is not None and (len(found) > 1 or isinstance(given, list)):
         raise UserError(f"output={output} is one file, but {key}={_show(given)} may be several; give output=FOLDER")
     pairs = [(source, single or Path(output) / inner.with_suffix(suffix)) for source, inner in found]
     taken: dict[Path, Path] = {}
     for source, target in pairs:
         if target in taken:
-            raise UserError(
-                f"{key}: {taken[target]} and {source} would both become {target}; give them in two commands"
-            )
+            raise UserError(f"{key}: {taken[target]} and {source} would both become {target}; rename one of them")
         taken[target] = source
         check_folder("output", target.parent)
         if target.exists():

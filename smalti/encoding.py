@@ -26,9 +26,11 @@ from smalti.evaluation.metrics import psnr, ssim, to_8_bit
 from smalti.evaluation.photo import read_square
 from smalti.evaluation.processes import processes
 from smalti.evaluation.run import LPIPS_SIZE, load_tokenizer
+from smalti.evaluation.sampling import override_sampling
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.spec import Tokens, TokenSpec
 from smalti.tokfile import TokFile
+from smalti.training.draws import generator
 
 Item = TypeVar("Item")
 IN_PICTURE = 16  # images that `picture` shows at most
@@ -69,7 +71,7 @@ class Encoded:
 
 
 def encode(config: DictConfig | Mapping[str, Any], pairs: Sequence[Pair]) -> list[Encoded]:
-    """Write each image as the `.tok` file beside it in `pairs`, as configs/encode.yaml describes, and print a line each.
+    """Write each image as the `.tok` file beside it in `pairs`, as configs/encode.yaml says, and print a line each.
 
     What cannot work is refused before anything is written. Images that cannot be read are left out and named at the
     end, by a UserError.
@@ -80,16 +82,19 @@ def encode(config: DictConfig | Mapping[str, Any], pairs: Sequence[Pair]) -> lis
     shown: list[Tensor] = []  # originals and what was decoded, (2, b, 3, h, w)
     with processes(cfg["device"]) as (_, _, device):
         tokenizer = load_tokenizer(cfg["model_path"], cfg["teacher_path"]).to(device)
+        override_sampling(tokenizer, cfg["sampling"])
         _check_tokenizer(tokenizer, cfg)
         target = target_of(cfg, device, tokenizer.spec.image_size)
-        fingerprint, started = tokenizer.fingerprint(), time.perf_counter()
+        fingerprint, seconds = tokenizer.fingerprint(), 0.0
         for batch in _batches(pairs, cfg["batch_size"]):
             readable, squares = _read(batch, tokenizer.spec.image_size, unreadable)
             if not readable:
                 continue
             images = torch.stack(squares).to(device)
+            started = time.perf_counter()
             tokens, decoded = compress(tokenizer, images, length=cfg["length"], target=target, seed=cfg["seed"])
             files = pack(tokens, tokenizer.spec, fingerprint)
+            seconds += time.perf_counter() - started
             for pair, file, figures in zip(readable, files, measure(images, decoded, target), strict=True):
                 done.append(_write(pair, file, figures, target))
                 print(_in_words(done[-1], tokenizer.spec, target))
@@ -98,7 +103,8 @@ def encode(config: DictConfig | Mapping[str, Any], pairs: Sequence[Pair]) -> lis
         if shown:
             _save_picture(torch.cat(shown, dim=1)[:, :IN_PICTURE], done, Path(cfg["picture"]))
         if done:
-            _print_total(len(done), sum(encoded.size for encoded in done), started, device)
+            size = sum(encoded.size for encoded in done)
+            print(f"{_count(len(done), 'image')}, {_count(size, 'byte')}, {seconds:.2f} s on {device.type}")
     if unreadable:
         more = f" (nor can {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         rest = "; the others are written" if done else ""
@@ -114,21 +120,24 @@ def decode(config: DictConfig | Mapping[str, Any], pairs: Sequence[Pair], files:
     cfg = _plain(config)
     with processes(cfg["device"]) as (_, _, device):
         tokenizer = load_tokenizer(cfg["model_path"], cfg["teacher_path"]).to(device)
+        override_sampling(tokenizer, cfg["sampling"])
         _check_tokenizer(tokenizer, cfg)
-        fingerprint, started = tokenizer.fingerprint(), time.perf_counter()
+        fingerprint, seconds = tokenizer.fingerprint(), 0.0
         rows = [
             unpack(file, tokenizer.spec, fingerprint, f"decode={source}")
             for file, (source, _) in zip(files, pairs, strict=True)
         ]
         for batch in _batches(list(zip(pairs, rows, strict=True)), cfg["batch_size"]):
             tokens = together([row[: cfg["length"]] for _, row in batch], tokenizer, device)
-            images = tokenizer.decode(tokens, seed=cfg["seed"])
+            started = time.perf_counter()
+            images = pictures.to_uint8(decode_alike(tokenizer, tokens, cfg["seed"]))
+            seconds += time.perf_counter() - started
             for ((source, target), row), image, kept in zip(batch, images, tokens.lengths.tolist(), strict=True):
                 with _writing(target):
                     pictures.save_png(pictures.to_pil(image), target)
-                of = f" of the file's {len(row)}" if kept < len(row) else ""
-                print(f"{source} -> {target}: {kept} tokens{of}, {image.shape[-1]} × {image.shape[-2]} pixels")
-        _print_total(len(files), sum(len(file.to_bytes()) for file in files), started, device)
+                used = _count(kept, "token") + (f" of the file's {len(row)}" if kept < len(row) else "")
+                print(f"{source} -> {target}: {used}, {image.shape[-1]} × {image.shape[-2]} pixels")
+        print(f"{_count(len(files), 'image')}, {seconds:.2f} s on {device.type}")
 
 
 def compress(
@@ -144,20 +153,33 @@ def compress(
     if target is not None:
 
         def decode_to(lengths: Tensor) -> Tensor:
-            return tokenizer.decode(replace(tokens, lengths=lengths), seed=seed)
+            return decode_alike(tokenizer, replace(tokens, lengths=lengths), seed)
 
-        tokens = replace(tokens, lengths=smallest_prefixes(decode_to, images, tokenizer.spec.length, target))
-    return tokens, tokenizer.decode(tokens, seed=seed)
+        tokens = replace(tokens, lengths=smallest_prefixes(decode_to, images, tokens.lengths, target))
+    return tokens, decode_alike(tokenizer, tokens, seed)
 
 
-def smallest_prefixes(decode_to: Callable[[Tensor], Tensor], images: Tensor, n: int, target: Target) -> Tensor:
+def decode_alike(tokenizer: Tokenizer, tokens: Tokens, seed: int) -> Tensor:
+    """Images (b, 3, h, w), each as it is decoded alone: what a file gives must not depend on the files beside it.
+
+    Decoders that sample draw other noise at each place in a batch; here all get that of the first place.
+    """
+    if (shape := getattr(tokenizer, "latent_shape", None)) is None:
+        return tokenizer.decode(tokens, seed=seed)
+    noise = torch.randn(shape, generator=generator("decode", seed, 0)).expand(len(tokens), *shape)
+    sampling: Any = tokenizer
+    return sampling.decode(tokens, seed=seed, noise=noise)
+
+
+def smallest_prefixes(decode_to: Callable[[Tensor], Tensor], images: Tensor, most: Tensor, target: Target) -> Tensor:
     """Keep lengths (b,) at which `target` is reached, by bisection: one `decode_to` a step for the whole batch.
 
-    decode_to: keep lengths (b,) to images (b, 3, h, w). Where quality falls as tokens are added, this is one of the
-    lengths at which it passes the target, not always the first. It is n, not tried, where no tried length reaches it.
+    decode_to: keep lengths (b,) to images (b, 3, h, w). most: (b,), the tokens that there are. Where quality falls as
+    tokens are added, this is one of the lengths at which it passes the target, not always the first. It is `most`,
+    which is not tried, where no tried length reaches it.
     """
-    low = torch.ones(len(images), dtype=torch.int64)  # on the CPU: a decoder looks at them before it starts
-    high = torch.full_like(low, n)
+    high = most.cpu()  # where a decoder looks at lengths before it starts
+    low = torch.ones_like(high)
     while bool((open := low < high).any()):
         middle = (low + high) // 2
         reached = target.reached(target.measure(images, decode_to(middle)))
@@ -176,7 +198,7 @@ def target_of(cfg: Mapping[str, Any], device: torch.device, image_size: int) -> 
         return Target(name, value, {"psnr": psnr, "ssim": ssim}[name])
     if image_size < LPIPS_SIZE:
         raise UserError(
-            f"quality.lpips={value} needs images of at least {LPIPS_SIZE} × {LPIPS_SIZE} pixels, and this tokenizer's have "
+            f"quality.lpips={value} needs images of at least {LPIPS_SIZE} × {LPIPS_SIZE} pixels, this tokenizer's have "
             f"{image_size}; use quality.psnr or quality.ssim"
         )
     network = load_lpips(cfg["lpips_weights"])
@@ -207,14 +229,20 @@ def pack(tokens: Tokens, spec: TokenSpec, fingerprint: str) -> list[TokFile]:
 def unpack(file: TokFile, spec: TokenSpec, fingerprint: str, name: str) -> list[list[int]]:
     """The file's indices (k, q). Raises UserError for those of another tokenizer; `name` is the file's in messages."""
     assert spec.codebook_size is not None
-    if file.fingerprint != tokfile.shortened(fingerprint):
+    if file.fingerprint != (own := tokfile.shortened(fingerprint)):
         raise UserError(
-            f"{name} was written with tokenizer {file.fingerprint}, but model_path is {tokfile.shortened(fingerprint)}; "
-            "give the model_path that it was encoded with"
+            f"{name} was written with tokenizer {file.fingerprint}, but model_path is {own}; give the model_path that "
+            "it was encoded with"
+        )
+    if file.length < spec.length and not spec.prefix_decodable:
+        raise UserError(
+            f"{name} holds {file.length} of {spec.length} tokens, but this tokenizer decodes all of them only; encode "
+            "the image again"
         )
     return file.indices(spec.codebook_size, spec.depth, spec.length, name)
 
 
+@torch.inference_mode()
 def together(rows: Sequence[list[list[int]]], tokenizer: Tokenizer, device: torch.device) -> Tokens:
     """Tokens of several images of (k, q) indices each, k of its own."""
     spec = tokenizer.spec
@@ -242,8 +270,8 @@ def _check_tokenizer(tokenizer: Tokenizer, cfg: Mapping[str, Any]) -> None:
     asked = next((f"{key}={value}" for key, value in shorter.items() if value is not None), None)
     if asked is not None and not spec.prefix_decodable:
         raise UserError(
-            f"{asked}: {model} decodes all of its {spec.length} tokens only; leave that out, or use a tokenizer trained "
-            "with tokenizer/regularizer=tail_drop or nested_dropout"
+            f"{asked}: {model} decodes all of its {spec.length} tokens only; leave that out, or use a tokenizer that "
+            "was trained with tokenizer/regularizer=tail_drop or nested_dropout"
         )
     if cfg["length"] is not None and cfg["length"] > spec.length:
         raise UserError(f"length={cfg['length']}: {model} has {spec.length} tokens an image; use 1 to {spec.length}")
@@ -284,14 +312,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _in_words(encoded: Encoded, spec: TokenSpec, target: Target | None) -> str:
     figures = ", ".join(_show(name, value) for name, value in encoded.figures.items())
-    said = (
-        f"{encoded.source} -> {encoded.target}: {encoded.length} of {spec.length} tokens, {encoded.size:,} bytes "
-        f"({encoded.payload:,} of tokens), {8 * encoded.size / spec.image_size**2:.3f} bits a pixel, {figures}"
-    )
+    size = f"{_count(encoded.size, 'byte')} ({encoded.payload:,} of tokens)"
+    per_pixel = f"{8 * encoded.size / spec.image_size**2:.3f} bits a pixel"
+    kept = f"{encoded.length} of {spec.length} tokens"
+    said = f"{encoded.source} -> {encoded.target}: {kept}, {size}, {per_pixel}, {figures}"
     if target is not None and not encoded.reached:
-        which = "all tokens, which are kept," if encoded.length == spec.length else f"{encoded.length} tokens"
-        figure = _show(target.name, encoded.figures[target.name])
-        said += f"\n  quality.{target.name}={target.value:g} is not reached: {which} give {figure}"
+        given = f"{kept} give {_show(target.name, encoded.figures[target.name])}"
+        said += f"\n  quality.{target.name}={target.value:g} is not reached: {given}"
     return said
 
 
@@ -315,7 +342,5 @@ def _save_picture(shown: Tensor, done: Sequence[Encoded], path: Path) -> None:
     print(f"picture {path}")
 
 
-def _print_total(images: int, size: int, started: float, device: torch.device) -> None:
-    seconds = time.perf_counter() - started
-    count = f"{images:,} image{'s' if images > 1 else ''}"
-    print(f"{count}, {size:,} bytes, {seconds:.2f} s on {device.type}")
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -79,13 +79,13 @@ class TokFile:
             raise UserError(f"{name} {why}; give a file that encode.py wrote")
         if len(data) > len(MAGIC) and data[len(MAGIC)] != VERSION:
             raise UserError(
-                f"{name} has version {data[len(MAGIC)]} of the format, or is damaged; this smalti reads version {VERSION}: "
-                "use a newer one, or copy the file again"
+                f"{name} has version {data[len(MAGIC)]} of the format, or is damaged; this smalti reads version "
+                f"{VERSION}: use a newer one, or copy the file again"
             )
         body, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
         start = len(MAGIC) + 1 + FINGERPRINT_BYTES
         if len(body) <= start:
-            raise UserError(f"{name} is cut off after {len(data)} bytes, within its header; {_AGAIN}")
+            raise UserError(f"{name} is cut off after {len(data)} bytes; {_AGAIN}")
         if zlib.crc32(body) != int.from_bytes(checksum, "little"):
             raise UserError(f"{name} is damaged: its checksum does not fit, it was cut off or changed; {_AGAIN}")
         try:

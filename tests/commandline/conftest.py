@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from smalti import runs
+from smalti.tokfile import TokFile
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
 @pytest.fixture
 def never_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """A config that is refused does not reach the heavy part."""
-    for name in ("smalti.training.run", "smalti.evaluation.run", "smalti.published.export"):
+    for name in ("smalti.training.run", "smalti.evaluation.run", "smalti.encoding", "smalti.published.export"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))  # without a function to import
 
 
 @pytest.fixture
 def places(tmp_path: Path) -> dict[str, Path]:
     """Paths that command lines may name, outside of the folder that commands run in."""
-    made = {name: tmp_path / name for name in ("photos", "empty", "texts", "other_export", "run", "full")}
+    made = {name: tmp_path / name for name in ("photos", "empty", "texts", "export", "run", "full")}
     for folder in made.values():
         folder.mkdir()
     (made["photos"] / "cats").mkdir()
@@ -87,7 +88,15 @@ def places(tmp_path: Path) -> dict[str, Path]:
         Image.new("RGB", (80, 80), (60 * number, 90, 120)).save(made["photos"] / "cats" / f"{number}.png")
     (made["texts"] / "notes.txt").write_text("no image")
     (made["full"] / "something").write_text("here already")
+    (made["texts"] / "notes.tok").write_text("no tokens")
+    for name in ("config.json", "model.safetensors"):
+        (made["export"] / name).write_text("{}")
     made["file"] = tmp_path / "file.bin"
     made["file"].write_bytes(b"\0" * 64)
+    made["photo"] = made["photos"] / "cats" / "0.png"
+    made["tok"] = tmp_path / "photo.tok"
+    made["tok"].write_bytes(TokFile.of([[1]] * 9, 10, "0123456789abcdef" * 2).to_bytes())
+    made["cut"] = tmp_path / "cut.tok"
+    made["cut"].write_bytes(made["tok"].read_bytes()[:-2])
     made["missing"] = tmp_path / "photoss"
     return made

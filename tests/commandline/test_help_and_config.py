@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "lightning", "torchvision", "timm", "diffusers", "transformers", "numpy", "PIL", "rich", "wandb")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "export"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "encode", "export"])
 def test_help_names_groups_options_keys_and_examples(command: str, call: Callable) -> None:
     result = call(command, "--help")
     assert (result.code, result.err, result.left) == (0, "", [])
@@ -48,12 +48,15 @@ def test_every_option_says_what_it_is() -> None:
     [
         ["train", "--help"],
         ["evaluate", "--help"],
+        ["encode", "--help"],
         ["export", "-h"],
         ["train", "--cfg", "job"],
         ["train", "seed=1.5"],
         ["train", "data.path=/nowhere"],
         ["train", "-m", "optimizer.lr=1e-3,fast"],
         ["evaluate", "model_path=/nowhere"],
+        ["encode", "image=/nowhere", "model_path=a/b", "output=out"],
+        ["encode", "decode=/etc/hostname", "model_path=a/b", "output=out"],
         ["export", "run=/nowhere", "output=out"],
     ],
     ids=" ".join,
@@ -91,7 +94,7 @@ def test_cfg_job_prints_the_composed_config(call: Callable) -> None:
 def test_the_program_lists_its_commands(call: Callable) -> None:
     result = call("commands", "--help")
     assert result.code == 0
-    for command in ("train", "evaluate", "export"):
+    for command in ("train", "evaluate", "encode", "export"):
         assert f"  {command}" in result.out
 
 
