@@ -150,13 +150,15 @@ class Features:
     """What a representation loss reads: the patches behind block `layer` (the first is 0), projected.
 
     dim: channels of the projection, of the representation that it shall resemble; None: not projected. hidden_layers,
-    hidden_ratio: of the projection (`ProjectionHead`), which serves training only.
+    hidden_ratio, norm, bias: of the projection (`ProjectionHead`), which serves training only.
     """
 
     layer: int = 1
     dim: int | None = 1024
     hidden_layers: int = 2
     hidden_ratio: float = 4.0
+    norm: bool = True
+    bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -224,9 +226,9 @@ class FlexTok(Tokenizer):
         if not 0 <= null_dropout <= 1:
             raise ValueError(f"null_dropout={null_dropout} is not in [0, 1]")
         _check_choice("init", init, ("published", "unit"))
-        enc, dec = _read(EncoderTrunk, "encoder", encoder), _read(DecoderTrunk, "decoder", decoder)
-        self.noise_levels = _read(NoiseLevels, "noise", noise or {})
-        self.sampling = _read(Sampling, "sampling", sampling or {})
+        enc, dec = read_settings(EncoderTrunk, "encoder", encoder), read_settings(DecoderTrunk, "decoder", decoder)
+        self.noise_levels = read_settings(NoiseLevels, "noise", noise or {})
+        self.sampling = read_settings(Sampling, "sampling", sampling or {})
         if regularizer is not None:
             regularizer.check(num_latent_tokens)
         self.vae = None if vae is None else vae.requires_grad_(False).eval()
@@ -236,7 +238,7 @@ class FlexTok(Tokenizer):
         channels = self.latent_shape[0]
         self.encoder = Encoder(enc, channels, grid, patch, num_latent_tokens, quantizer.input_dim)
         self.quantizer = quantizer
-        features = None if repa is None else _read(Features, "repa", repa)
+        features = None if repa is None else read_settings(Features, "repa", repa)
         self.decoder = Decoder(dec, channels, grid, patch, num_latent_tokens, quantizer.dim, features)
         self.encoder.checkpointing = self.decoder.checkpointing = activation_checkpointing
         self.encoder.reset_parameters(init)
@@ -478,8 +480,10 @@ class Decoder(nn.Module):
             self.features_of = features.layer
             self.projection: nn.Module = nn.Identity()
             if features.dim is not None:
-                layers, ratio = features.hidden_layers + 1, features.hidden_ratio
-                self.projection = ProjectionHead(width, features.dim, layers=layers, ratio=ratio)
+                layers, options = features.hidden_layers + 1, {"norm": features.norm, "bias": features.bias}
+                self.projection = ProjectionHead(
+                    width, features.dim, layers=layers, ratio=features.hidden_ratio, **options
+                )
 
     def reset_parameters(self, init: str) -> None:
         _init(self, init)
@@ -606,7 +610,7 @@ def _part(draws: Draws, part: str) -> Draws:
     return {name.removeprefix(f"{part}."): value for name, value in draws.items() if name.startswith(f"{part}.")}
 
 
-def _read(cls: type[Sizes], name: str, values: Mapping[str, Any]) -> Sizes:
+def read_settings(cls: type[Sizes], name: str, values: Mapping[str, Any]) -> Sizes:
     """A dataclass from plain values; raises ValueError naming the argument that is wrong."""
     known: Any = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(known)):
@@ -614,7 +618,7 @@ def _read(cls: type[Sizes], name: str, values: Mapping[str, Any]) -> Sizes:
     given = dict(values)
     for part, kind in (("positions", Positions), ("registers", Registers)):
         if isinstance(given.get(part), Mapping):
-            given[part] = _read(kind, f"{name}.{part}", given[part])
+            given[part] = read_settings(kind, f"{name}.{part}", given[part])
     try:
         return cls(**given)
     except (TypeError, ValueError) as error:

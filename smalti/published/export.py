@@ -17,11 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from smalti import exports
 from smalti.config import instantiate
 from smalti.errors import UserError
-from smalti.published import onedpiece, titok
+from smalti.published import flextok, onedpiece, titok
 from smalti.tokenizers.base import Tokenizer
 from smalti.training import checkpoint as checkpoints
 
-SOURCES = {"titok": titok.convert, "onedpiece": onedpiece.convert}
+SOURCES = {"titok": titok.convert, "onedpiece": onedpiece.convert, "flextok": flextok.convert}
 
 
 def export(config: DictConfig) -> Path:
