@@ -1,7 +1,7 @@
 """FlexTok in every published form: the numbers of the published code from its configuration and its weights.
 
-The published code packs a list of images, of any sizes, into one sequence with a block mask. Ours takes dense batches of
-equal sizes: here each image goes through alone, and what it gives is laid out in the packed order to be compared.
+The published code packs a list of images, of any sizes, into one sequence with a block mask. Ours takes dense batches
+of equal sizes: here each image goes through alone, and what it gives is laid out in the packed order to be compared.
 """
 
 from __future__ import annotations
