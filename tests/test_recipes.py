@@ -85,7 +85,7 @@ def sizes(encoder: str, decoder: str, tokens: int) -> dict[str, Any]:
 
 
 def onedpiece(size: str, micro_batches: dict[int, int], stage: int) -> dict[str, Any]:
-    """One-D-Piece's numbers, where they are not TiTok's. Source: turing-motors/One-D-Piece@473665d, its configs."""
+    """One-D-Piece's numbers, where they are not TiTok's. Source: turingmotors/One-D-Piece@473665d, its configs."""
     return {
         **(STAGE_1 if stage == 1 else STAGE_2),
         **sizes(size, size, 256),
@@ -123,6 +123,10 @@ PAPER = {
     "titok_bl128_vae": {**ONE_STAGE, **VAE, **sizes("B", "L", 128)},
     "titok": {**ONE_STAGE, **sizes("S", "S", 128)},
     **ONE_D_PIECE,
+    "flextok_vae": {  # the network is published (flextok fact sheet, section 5), the training is not
+        "tokenizer.block_out_channels": [128, 256, 512, 512], "tokenizer.layers_per_block": 2,
+        "tokenizer.norm_num_groups": 32, "tokenizer.latent_channels": 16, "optimizer.weight_decay": 0.0,
+    },
     "maskgit_vqgan": {
         "tokenizer.channels": 128, "tokenizer.channel_mult": [1, 1, 2, 2, 4], "tokenizer.num_res_blocks": 2,
         "tokenizer.shortcut": "published", "tokenizer.quantizer.codebook_size": 1024, "tokenizer.quantizer.dim": 256,
