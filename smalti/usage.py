@@ -26,6 +26,7 @@ EXAMPLES = {
     "evaluate": {
         "python evaluate.py model_path=runs/titok/tiny/export": "figures, a table and a picture",
         "python evaluate.py model_path=DIR data.path=~/photos": "on your own images",
+        "python evaluate.py model_path=DIR lengths=all": "at 1, 2, 4, … tokens, with a plot beside JPEG, WebP, AVIF",
         "python evaluate.py model_path=DIR image=photo.jpg": "one photo: its reconstruction and its tokens",
     },
     "encode": {

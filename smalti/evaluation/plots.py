@@ -80,21 +80,28 @@ def rate_distortion(
     axes.xaxis.set_major_locator(FixedLocator([2**power for power in range(-2, 30) if low <= 2**power <= high]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlabel("bytes an image (codecs: the whole file; tokens: packed, without a header)")
-    axes.set_ylabel("PSNR in dB")
+    ink: dict[str, Any] = {"color": _hex(INK), "fontsize": 10}
+    axes.set_xlabel("bytes an image (codecs: the whole file; tokens: packed, without a header)", **ink)
+    axes.set_ylabel("PSNR in dB", **ink)
     bits = 8 / image_size**2  # a pixel, for each byte
     above = axes.secondary_xaxis("top", functions=(lambda x: np.asarray(x) * bits, lambda x: np.asarray(x) / bits))
-    above.set_xlabel("bits a pixel")
+    above.set_xlabel("bits a pixel", labelpad=6, **ink)
     powers = [2.0**power for power in range(-24, 8)]
     above.xaxis.set_major_locator(FixedLocator([value for value in powers if low * bits <= value <= high * bits]))
     above.xaxis.set_minor_locator(NullLocator())
-    above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    above.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     axes.grid(color=_hex(INK), alpha=0.08)
     for side in (axes, above):
         side.tick_params(colors=_hex(INK), labelsize=9)
         for spine in side.spines.values():
             spine.set_color(_hex(FAINT))
-    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    drawn, labels = axes.get_legend_handles_labels()
+    place = labels.index("tokens")  # first in the legend, though drawn last
+    order = [place, *(number for number in range(len(labels)) if number != place)]
+    axes.legend(
+        [drawn[i] for i in order], [labels[i] for i in order], loc="upper left", frameon=False, fontsize=9,
+        labelcolor=_hex(INK),
+    )  # fmt: skip
     figure.suptitle(title, fontsize=11, color=_hex(INK))
     figure.supxlabel(note, fontsize=8, color=_hex(FAINT))
     return figure

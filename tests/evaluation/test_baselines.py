@@ -37,6 +37,7 @@ def test_the_best_file_fits_the_budget_and_more_bytes_are_no_worse(codec):
     assert small.size <= 400
     assert large.size <= 900
     assert psnr(image[None], large.image[None]) >= psnr(image[None], small.image[None])
+    assert small.psnr == pytest.approx(psnr(image[None], small.image[None]).item())
 
 
 def test_a_budget_below_every_file_has_none():

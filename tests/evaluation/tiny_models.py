@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from smalti.registry import register
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
-from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
+from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.quantizers.vq import VectorQuantizer
 from smalti.tokenizers.spec import Tokens, TokenSpec
 from smalti.tokenizers.titok import TiTok
@@ -68,7 +68,7 @@ class Cosines(Tokenizer):
         x = (torch.arange(image_size) + 0.5) * pi / image_size
         waves = torch.stack([torch.cos(k * x) for k in range(image_size)])
         waves = waves / waves.norm(dim=1, keepdim=True)
-        order = sorted(((u + v, u, v, c) for u in range(image_size) for v in range(image_size) for c in range(3)))
+        order = sorted((u + v, u, v, c) for u in range(image_size) for v in range(image_size) for c in range(3))
         basis = torch.zeros(length, 3, image_size, image_size)
         for number, (_, u, v, c) in enumerate(order[:length]):
             basis[number, c] = torch.outer(waves[u], waves[v])
