@@ -1,4 +1,4 @@
-"""Published One-D-Piece checkpoints (turing-motors/One-D-Piece, arXiv:2501.10064) as models of ours.
+"""Published One-D-Piece checkpoints (turingmotors/One-D-Piece, arXiv:2501.10064) as models of ours.
 
     convert("…/One-D-Piece-S-256")      a hub folder: config.json and pytorch_model.bin (or model.safetensors)
     convert("pytorch_model.bin")        a state dict alone: the sizes are read off its keys and shapes
@@ -54,7 +54,7 @@ def convert(
 def _metadata(model: TiTok, checkpoint: Path) -> dict[str, Any]:
     """What is known of a published checkpoint by its name; a name that the sizes contradict is not believed."""
     metadata: dict[str, Any] = {
-        "source": f"turing-motors/One-D-Piece, converted from {checkpoint.name}",
+        "source": f"turingmotors/One-D-Piece, converted from {checkpoint.name}",
         "licence": "Apache-2.0",
     }
     found = re.search(r"one-d-piece[-_]([sbl])[-_]?256", "/".join(checkpoint.resolve().parts[-2:]).lower())
