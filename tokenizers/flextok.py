@@ -353,7 +353,8 @@ class FlexTok(Tokenizer):
         """Latents (b, c, h, w) as images (b, 3, h, w) in about [0, 1]; those of a VAE as its `decode` gives them."""
         if self.vae is None:
             return (latents + 1) / 2
-        return self.vae.decode(Tokens.full(rearrange(latents, "b c h w -> b (h w) c")))
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode(Tokens.full(rearrange(latents, "b c h w -> b (h w) c")))
 
     def _latents(self, images: Tensor, draws: Draws | None = None) -> Tensor:
         """(b, c, h, w) float32, of about unit variance, without gradient."""

@@ -146,8 +146,11 @@ WRONG = {
     "another mode": (set_in(*DEC, "dec_nested_dropout", "size_sampling_mode", value="odd"), "size_sampling_mode=odd"),
     "another mask": (set_in(*ENC, "enc_seq_packer", "mask_mode", value="odd"), "mask='odd' is not known"),
     "a missing size": (lambda c: c["encoder"]["module_dict"]["enc_transformer"].pop("depth"), r"depth is missing"),
-    "another width": (set_in(*ENC, "enc_transformer", "dim", value=48), r"dim=24 but .*dim=48"),
-    "another depth": (set_in(*DEC, "dec_transformer", "depth", value=3), "blocks.2.* is missing in the file"),
+    "another width": (set_in(*ENC, "enc_transformer", "dim", value=240), r"dim=\d+ but .*dim=240"),
+    "another depth": (
+        set_in(*DEC, "dec_transformer", "depth", value=9),
+        r"blocks\.\d.* is missing in the file",
+    ),
     "groups that differ": (set_in(*DEC, "dec_transformer", "adaLN_expansion", value=1), "adaLN_expansion=1 but"),
     "other tables": (set_in(*ENC, "enc_posemb_module", "posemb_type", value="rope"), "posemb_type=rope"),
     "sizes that are no square": (set_in(*ENC, "enc_posemb_module", "max_sizes", value=[4, 3]), "square images"),
