@@ -159,17 +159,19 @@ class Baselines(Sums):
         self.sizes = sorted({*budgets, *further})
         every = (len(self.codecs), len(self.sizes))
         super().__init__(
-            colour=(), images=(), ours=(len(self.budgets),), compared=(),
+            colour=(), images=(), ours=(len(self.budgets),), compared=(), colour_compared=(),
             count=every, psnr=every, bytes=every, ours_on_same=(len(self.codecs), len(self.budgets)),
         )  # fmt: skip
 
     def update(self, images: Tensor, ours: Tensor, start: int = 0) -> None:
         """images: (b, 3, h, w) in [0, 1]. ours: (lengths, b), the tokenizer's PSNR at each number of tokens. start: how
         many images of the data set come before these."""
-        self.add(colour=psnr(images, mean_colour(images)).sum(), images=len(images))
+        colour = psnr(images, mean_colour(images)).cpu()
+        self.add(colour=colour.sum(), images=len(images))
         left = len(images) if self.limit is None else max(self.limit - start, 0)
-        for image, values in zip(images[:left], ours.cpu().double().T, strict=False):
-            if self.codecs:
+        if self.codecs:
+            self.add(colour_compared=colour[:left].sum())
+            for image, values in zip(images[:left], ours.cpu().double().T, strict=False):
                 self._compare(image, values)
 
     def _compare(self, image: Tensor, ours: Tensor) -> None:
@@ -206,14 +208,12 @@ class Baselines(Sums):
                 figures[f"psnr_on_{name}_images"] = self.sums["ours_on_same"][row, number].item() / count
         return figures
 
-    def curves(self) -> dict[str, list[dict[str, float]]]:
-        """All of it as rates and distortions on the images that the codecs got: for "tokens" (each number of tokens)
-        and for each codec (each budget in which it stores an image) bytes, psnr, and of how many images."""
+    def rate_distortion(self) -> dict[str, Any]:
+        """On the images that the codecs got: how many, mean_colour_psnr, and curves: for "tokens" (each number of
+        tokens) and for each codec (each budget in which it stores an image) bytes, psnr, and of how many images."""
         total = self.compared
-        if not total:
-            return {}
         ours = (self.sums["ours"] / total).tolist()
-        curves = {
+        curves: dict[str, list[dict[str, float]]] = {
             "tokens": [
                 {"bytes": budget, "psnr": value, "images": total}
                 for budget, value in zip(self.budgets, ours, strict=True)
@@ -230,7 +230,8 @@ class Baselines(Sums):
                 for column, budget in enumerate(self.sizes)
                 if (count := int(self.sums["count"][row, column].item()))
             ]
-        return curves
+        mean_colour = (self.sums["colour_compared"] / total).item()
+        return {"images": total, "mean_colour_psnr": mean_colour, "curves": curves}
 
 
 def further_budgets(largest: int, image_size: int) -> list[int]:

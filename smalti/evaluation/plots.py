@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from smalti.evaluation.baselines import CODECS
@@ -32,8 +33,9 @@ def rate_distortion(
 ) -> Figure:
     """PSNR over bytes an image (below) and bits a pixel (above), both logarithmic.
 
-    curves: `Baselines.curves()`: points {"bytes", "psnr", "images"} of "tokens", one for each of `lengths`, and of
-    codecs. A codec's point that stands for some of the images only (the others have no such small file) is hollow.
+    curves: of `Baselines.rate_distortion()`: points {"bytes", "psnr", "images"} of "tokens", one for each of `lengths`,
+    and of codecs. A codec's point that stands for some of the images only (the others have no such small file) is
+    hollow.
     mean_colour: PSNR of no tokens at all, as a line.
     """
     figure = Figure(figsize=(8.4, 5.4), dpi=150, facecolor=_hex(PAPER), layout="constrained")
@@ -60,9 +62,11 @@ def rate_distortion(
     axes.plot(x, y, color=OURS, linewidth=2.4, marker="o", markersize=6.5, zorder=4, label="tokens")
     for length, point in zip(lengths, ours, strict=True):
         said = f"{length} token{'s' if length > 1 else ''}" if length in (lengths[0], lengths[-1]) else f"{length}"
+        below = length == lengths[-1]  # where curves of codecs may pass above
         axes.annotate(
-            said, (point["bytes"], point["psnr"]), xytext=(0, 9), textcoords="offset points", ha="center",
-            color=OURS, fontsize=9, zorder=5,
+            said, (point["bytes"], point["psnr"]), xytext=(0, -17 if below else 9), textcoords="offset points",
+            ha="center", color=OURS, fontsize=9, zorder=5,
+            path_effects=[withStroke(linewidth=3, foreground=_hex(PAPER))],
         )  # fmt: skip
     if mean_colour is not None:
         axes.axhline(mean_colour, color=_hex(FAINT), linewidth=1, linestyle=(0, (5, 4)), zorder=1)

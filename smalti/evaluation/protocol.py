@@ -47,7 +47,7 @@ def how(figure: str) -> str:
 
 def _of_codec(name: str, title: str) -> dict[str, str]:
     return {
-        f"{name}_images": f"of the baseline images, those of which a {title} takes no more bytes than the tokens",
+        f"{name}_images": f"of the baseline images, those that {title} stores in no more bytes than the tokens",
         f"{name}_psnr": f"on those images, {_CODEC}",
         f"{name}_bytes": "mean size of those files",
         f"psnr_on_{name}_images": "the tokenizer's on those images",

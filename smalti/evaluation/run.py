@@ -161,7 +161,7 @@ def measure(
         elif baselines is None:
             left_out["rate_distortion"] = "baselines=false leaves out what it would compare with"
         elif baselines is not None and baselines.compared:
-            report["rate_distortion"] = baselines.curves()
+            report["rate_distortion"] = baselines.rate_distortion()
     if rank == 0:
         files: dict[str, Any] = {"picture": _picture(tokenizer, whole.dataset, batches, cfg, device, figures)}
         if cfg["lengths"] is not None:
@@ -200,7 +200,7 @@ def load_tokenizer(model_path: str, teacher_path: str | None) -> Tokenizer:
 
 def data_for(tokenizer: Tokenizer, cfg: Mapping[str, Any]) -> DataModule:
     """The images, cut to the size that the tokenizer takes. Raises UserError where the config asks for another one."""
-    from smalti.config import instantiate
+    from smalti.instantiate import instantiate
 
     size, data = tokenizer.spec.image_size, dict(cfg["data"])
     for key in ("image_size", "resize"):
@@ -360,16 +360,15 @@ def _strip(
 
 def _plot(report: Mapping[str, Any], image_size: int) -> Any:
     """PSNR over bytes, on the images that the codecs got."""
-    protocol, rows = report["protocol"], report["by_length"]
-    data, compared = protocol["data"], protocol["baseline_images"]
-    title = f"{protocol['model']['name']} beside image codecs"
+    protocol, found = report["protocol"], report["rate_distortion"]
+    data = f"test images of {protocol['data']['name']}, {protocol['resolution']} pixels"
     return plots.rate_distortion(
-        report["rate_distortion"],
-        lengths=[int(row["tokens"]) for row in rows],
+        found["curves"],
+        lengths=[int(row["tokens"]) for row in report["by_length"]],
         image_size=image_size,
-        mean_colour=report["figures"].get("mean_colour_psnr"),
-        title=title,
-        note=f"the first {compared:,} test images of {data['name']}, {protocol['resolution']} pixels",
+        mean_colour=found["mean_colour_psnr"],
+        title=f"{protocol['model']['name']} beside image codecs",
+        note=f"the first {found['images']:,} {data}",
     )
 
 

@@ -34,7 +34,7 @@ def override_sampling(tokenizer: Tokenizer, given: Mapping[str, Any], key: str =
     try:
         changed: Any = replace(settings, **given)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(str(error) if str(error).startswith(key) else f"{key}: {error}") from error
     tokenizer.sampling = changed
 
 

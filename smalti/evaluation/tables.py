@@ -1,7 +1,7 @@
 """A report of an evaluation as JSON, as a Markdown table that says how each figure was obtained, and as plain lines.
 
 report: {"figures": {name: number}, "left_out": {name: why}, "protocol": {…}} and, of an evaluation by prefix length,
-{"by_length": [figures of each], "rate_distortion": curves}, as smalti/evaluation/run.py makes it.
+{"by_length": [figures of each], "rate_distortion": {…}}, as smalti/evaluation/run.py makes it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,14 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         header, *body = by_length(report["by_length"])
         lines += ["## By prefix length", "", *table(header, body, right=range(len(header))), ""]
     if "rate_distortion" in report:
-        header, *body = rate_distortion(report["rate_distortion"])
+        header, *body = rate_distortion(report["rate_distortion"]["curves"])
         words = "the codecs' mean PSNR, and in how many images' files of so many bytes there are"
-        lines += [f"## At equal bytes, on {protocol['baseline_images']} images", "", f"Budgets in bytes; {words}.", ""]
+        lines += [
+            f"## At equal bytes, on {report['rate_distortion']['images']} images",
+            "",
+            f"Budgets in bytes; {words}.",
+            "",
+        ]
         lines += [*table(header, body, right=range(len(header))), ""]
     for name, value in protocol.items():
         if value is None:

@@ -54,6 +54,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} is not positive")
+        if self.noise < 0:
+            raise ValueError(f"sampling.noise={self.noise} is negative")
 
 
 class Cosines(Tokenizer):
