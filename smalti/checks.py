@@ -55,7 +55,7 @@ def check_train(config: DictConfig) -> None:
     _check_shapes(values)
     _check_batch(values)
     check_data(values.get("data"))
-    for key in ("init_path", "teacher_path"):
+    for key in ("init_path", "teacher_path", "vae_path"):
         check_export(key, values.get(key))
     for key in ("output", "run"):
         check_folder(key, values.get(key))

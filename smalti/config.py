@@ -32,7 +32,7 @@ HIDDEN_GROUPS = "overlay/"  # picked by the primary config itself, from the scal
 TARGETS = ("smalti.", "torch.nn.", "torch.optim.", "torchvision.models.", "timm.models.")
 FREE = ("sampling",)  # sections whose keys the loaded model knows, and no config
 PATHS = (
-    "output", "run", "init_path", "teacher_path", "model_path", "checkpoint", "config", "image", "decode",
+    "output", "run", "init_path", "teacher_path", "vae_path", "model_path", "checkpoint", "config", "image", "decode",
     "picture", "data.path", "data.val_path", "data.cache", "lpips_weights", "inception_weights",
 )  # fmt: skip
 

@@ -14,9 +14,12 @@ from smalti.checks import check_train
 from smalti.commands import Line, print_config, read
 from smalti.config import Composed, compose
 from smalti.errors import UserError, run_command
+from smalti.instantiate import check_arguments
 
 # Overrides that a run hands on to the one that it needs first (its teacher, its stage 1), which keeps its own length.
-HANDED_ON = ("data", "trainer", "validation", "checkpoint", "logger", "seed", "output", "scale", "teacher_path")
+HANDED_ON = (
+    "data", "trainer", "validation", "checkpoint", "logger", "seed", "output", "scale", "teacher_path", "vae_path",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -54,6 +57,8 @@ def train_once(overrides: Sequence[str], config_dir: str | None = None) -> tuple
     if runs.rank() == 0:
         hint = "" if scale == "paper" else "; scale=paper is the published recipe"
         print(f"scale={scale}{hint}. Run folder: {run.folder} ({run.state})", flush=True)
+    for part in ("data", "tokenizer", "objective"):
+        check_arguments(composed.config[part], part)
     for key, (needed, _) in first.items():
         print(f"{key} is not given: {needed[0]} is trained first (give {key}=DIR to use an export)", flush=True)
         train_once(needed, config_dir)

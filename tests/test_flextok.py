@@ -15,7 +15,15 @@ from torch import Tensor, nn
 import smalti
 from smalti.registry import build, describe
 from smalti.tokenizers.base import TokenizerOutput
-from smalti.tokenizers.flextok import FlexTok, Sampling
+from smalti.tokenizers.flextok import (
+    Decoder,
+    DecoderTrunk,
+    Encoder,
+    EncoderTrunk,
+    FlexTok,
+    Sampling,
+    read_settings,
+)
 from smalti.tokenizers.patch_vae import PatchVAE
 from smalti.tokenizers.quantizers.fsq import FSQ
 from smalti.tokenizers.quantizers.kl import GaussianQuantizer
@@ -299,6 +307,24 @@ def test_published_initial_values_start_with_zero_velocity_and_codes_in_the_midd
     assert output.flow is not None and not output.flow.velocity.any()
     assert set(output.quantized.indices.flatten().tolist()) == {4 + 2 * 8}  # type: ignore[union-attr]
     assert abs(model.encoder.registers.tokens.std() - 0.02) < 0.004 and model.decoder.mask_token.std() < 0.04
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "millions"), [(12, 12, (85.4, 172.4)), (18, 18, (287.3, 578.6)), (18, 28, (287.3, 2169.7))]
+)
+def test_published_sizes_have_the_published_numbers_of_parameters(
+    encoder: int, decoder: int, millions: tuple[float, float]
+) -> None:
+    sizes = [{"width": 64 * depth, "depth": depth, "heads": depth} for depth in (encoder, decoder)]
+    with torch.device("meta"):
+        towers = (
+            Encoder(read_settings(EncoderTrunk, "encoder", sizes[0]), 16, (16, 16), (2, 2), 256, 6),
+            Decoder(read_settings(DecoderTrunk, "decoder", sizes[1]), 16, (16, 16), (2, 2), 256, 6, None),
+        )
+    for tower, expected in zip(towers, millions, strict=True):
+        tables = tower.positions.table.numel()  # a weight there
+        count = sum(p.numel() for p in tower.parameters()) + tables
+        assert round(count / 1e6, 1) == expected
 
 
 def test_checkpointed_blocks_give_the_same_gradients() -> None:

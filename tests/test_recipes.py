@@ -108,7 +108,35 @@ ONE_D_PIECE = {
     )
     for stage in (1, 2)
 }
+FLEXTOK = {  # sizes and section 4 of the flextok fact sheet; the rest is ours, as the headers say
+    "data.batch_size": 1024, "tokenizer.num_latent_tokens": 256, "tokenizer.patch_size": 2,
+    "tokenizer.quantizer.levels": [8, 8, 8, 5, 5, 5], "tokenizer.encoder.mask": "causal_last",
+    "tokenizer.repa.layer": 1,
+    "tokenizer.noise.distribution": "mode", "tokenizer.noise.mode_scale": 0.25, "tokenizer.init": "published",
+    "tokenizer.sampling.steps": 25, "tokenizer.sampling.guidance": 7.5, "tokenizer.sampling.apg": True,
+    "tokenizer.sampling.momentum": -0.5, "tokenizer.sampling.threshold": 2.5, "tokenizer.sampling.eta": 0.0,
+    "optimizer.lr": 2e-4, "optimizer.weight_decay": 0.02, "optimizer.end_lr": 2e-6, "ema.decay": 0.9999,
+    "optimizer.no_decay": ["bias", "registers", "positions", "mask_token", "null_token", "modulation"],
+}  # fmt: skip
+
+
+def depths(encoder: int, decoder: int) -> dict[str, Any]:
+    """FlexTok's sizes: width 64 a block, 64 channels a head."""
+    return {
+        f"tokenizer.{tower}.{name}": value
+        for tower, depth in (("encoder", encoder), ("decoder", decoder))
+        for name, value in (("width", 64 * depth), ("depth", depth), ("heads", depth))
+    }
+
+
 PAPER = {
+    "flextok": {**FLEXTOK, **depths(18, 18)},
+    "flextok_d12_d12": {**FLEXTOK, **depths(12, 12), "optimizer.lr": 3e-4, "optimizer.end_lr": 3e-6},
+    "flextok_d18_d18": {**FLEXTOK, **depths(18, 18)},
+    "flextok_d18_d28": {
+        **FLEXTOK, **depths(18, 28), "data.batch_size": 2048, "trainer.max_steps": 477_000,
+        "optimizer.lr": 1e-4, "optimizer.end_lr": 1e-6,
+    },
     "titok_s128": {**STAGE_1, **sizes("S", "S", 128)},
     "titok_b64": {**STAGE_1, **sizes("B", "B", 64)},
     "titok_l32": {**STAGE_1, **sizes("L", "L", 32)},
