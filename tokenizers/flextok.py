@@ -327,6 +327,17 @@ class FlexTok(Tokenizer):
             self.vae.eval()
         return self
 
+    @property
+    def features_dim(self) -> int | None:
+        """Channels of the features that a training forward gives, None where it gives none."""
+        return None if self.decoder.features_of is None else self.decoder.features_dim
+
+    def leave_out_features(self) -> None:
+        """For an objective that reads none: neither computed nor exported any more."""
+        self.decoder.features_of = None
+        self.decoder.projection = nn.Identity()
+        self.arguments["repa"] = None
+
     def sample_latents(self, tokens: Tokens, noise: Tensor, **sampling: Any) -> Tensor:
         """The flow from noise (b, c, h, w) to latents under the kept tokens.
 
@@ -479,6 +490,7 @@ class Decoder(nn.Module):
             if not 0 <= features.layer < size.depth:
                 raise ValueError(f"repa.layer={features.layer}: the decoder has blocks 0 to {size.depth - 1}")
             self.features_of = features.layer
+            self.features_dim = width if features.dim is None else features.dim
             self.projection: nn.Module = nn.Identity()
             if features.dim is not None:
                 layers, options = features.hidden_layers + 1, {"norm": features.norm, "bias": features.bias}

@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 from torch import Tensor, nn
 
-from smalti.tokenizers.base import TokenizerOutput
+from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 
 
 class Objective(nn.Module):
@@ -18,6 +18,13 @@ class Objective(nn.Module):
 
     discriminator: nn.Module | None  # absent where there is none; a default here would hide the submodule
     discriminator_start: int = 0  # the step of its first turn, where its own learning-rate schedule begins
+
+    def meet(self, tokenizer: Tokenizer) -> list[str]:
+        """Called once before training, with the tokenizer that this will train; gives lines to be said aloud.
+
+        Raises UserError for a tokenizer that lacks what the terms need.
+        """
+        return []
 
     @abstractmethod
     def forward(

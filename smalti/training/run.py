@@ -108,6 +108,8 @@ def build_models(config: DictConfig) -> tuple[Tokenizer, Objective]:
             print(f"init_path={config.init_path}: {note}", flush=True)
     torch.manual_seed(seed_of("objective", config.seed))
     objective: Objective = instantiate(config.objective, "objective")
+    for note in objective.meet(tokenizer):
+        print(note, flush=True)
     if isinstance(objective, ProxyCodeObjective) and isinstance(tokenizer, TiTok):
         teacher, side = objective.teacher(torch.device("cpu")).spec, tokenizer.decoder.grid
         if (teacher.codebook_size, teacher.grid) != (tokenizer.decoder.proxy_codebook_size, (side, side)):
