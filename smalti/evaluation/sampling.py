@@ -23,16 +23,19 @@ def override_sampling(tokenizer: Tokenizer, given: Mapping[str, Any], key: str =
         first = next(iter(given))
         raise UserError(f"{key}.{first}={given[first]}: {type(tokenizer).__name__} does not sample; leave {key} out")
     known = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    optional = {field.name for field in fields(settings) if "None" in str(field.type)}
+    changes = dict(given)
     for name, value in given.items():
         if name not in known:
             hint = did_you_mean(str(name), known) or f"; it has {', '.join(known)}"
             raise UserError(f"{key}.{name} is not a setting of {type(tokenizer).__name__}'s sampling{hint}")
         old = known[name]
-        whole = type(value) is int and type(old) is float
-        if old is not None and value is not None and type(value) is not type(old) and not whole:
+        if type(value) is int and type(old) is float:
+            changes[name] = float(value)
+        elif old is not None and type(value) is not type(old) and not (value is None and name in optional):
             raise UserError(f"{key}.{name}={value} is not of the kind of {key}.{name}={old}; give such a value")
     try:
-        changed: Any = replace(settings, **given)
+        changed: Any = replace(settings, **changes)
     except (TypeError, ValueError) as error:
         raise UserError(str(error) if str(error).startswith(key) else f"{key}: {error}") from error
     tokenizer.sampling = changed
