@@ -8,19 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from smalti.published.flextok import Module, read_quantizer
 from smalti.tokenizers.quantizers.base import Draws, Quantized
 from smalti.tokenizers.quantizers.fsq import FSQ
-
-
-def build(config: dict[str, Any]) -> FSQ:
-    """The published arguments; a lower bound of 0 or none is the upper one there."""
-    high = config.get("corrupt_tokens_p", 0.0)
-    return FSQ(
-        levels=config["levels"],
-        drop_probability=config.get("drop_quant_p", 0.0),
-        corrupt_probability=config.get("apply_corrupt_tokens_p", 0.2) if high > 0 else 0.0,
-        corrupt_share=(config.get("min_corrupt_tokens_p") or high, high),
-    )
 
 
 def draws(case: Any) -> Draws:
@@ -55,7 +45,7 @@ def compare_indices(case: Any, name: str, fsq: FSQ, quantized: Quantized, margin
 
 @pytest.mark.family("flextok-fsq")
 def test_values_indices_and_gradients_are_the_published_ones(case: Any) -> None:
-    fsq = build(case.config["regularizer"])
+    fsq = read_quantizer(Module("regularizer", case.config["regularizer"]))
     case.compare("codebook_size", fsq.codebook_size)
     case.compare("basis", fsq.basis)
 
@@ -78,7 +68,7 @@ def test_values_indices_and_gradients_are_the_published_ones(case: Any) -> None:
 
 @pytest.mark.family("flextok-fsq")
 def test_lists_of_sequences_and_of_images_give_the_published_values(case: Any) -> None:
-    fsq = build(case.config["regularizer"])
+    fsq = read_quantizer(Module("regularizer", case.config["regularizer"]))
     for name in case.names("list_quant/"):
         z = case.inputs[f"list/{name}"]
         last = z if z.ndim == 3 else z.flatten(2).transpose(1, 2)  # images have their channels first
