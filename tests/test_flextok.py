@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import smalti
+from smalti.errors import UserError
 from smalti.registry import build, describe
 from smalti.tokenizers.base import TokenizerOutput
 from smalti.tokenizers.flextok import (
@@ -29,6 +30,7 @@ from smalti.tokenizers.quantizers.fsq import FSQ
 from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.regularizers import NestedDropout
 from smalti.tokenizers.spec import Tokens
+from smalti.training.initialise import initialise
 
 N, SIZE = 6, 16
 quickly = settings(max_examples=15, deadline=None)
@@ -394,6 +396,43 @@ def test_what_is_saved_is_loaded(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.decode(tokens.prefix(2)), model.decode(tokens.prefix(2)))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model"]["name"] == "flextok" and "smalti." not in json.dumps(config["model"])
+
+
+def test_a_training_starts_from_an_export_at_another_length_and_resolution(tmp_path: Path) -> None:
+    """Options that were not given count as their defaults; what acts in training only may differ."""
+    source = flextok(encoder={"mask": "causal_last", "qk_norm": True}, repa={"dim": 12}, sampling={"steps": 9})
+    source.save_pretrained(tmp_path)
+    same = flextok(init="published", null_dropout=0.3, regularizer=NestedDropout(mode="halvings"))
+    assert initialise(same, tmp_path) == []
+    mine, theirs = same.state_dict(), source.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    vae = PatchVAE(image_size=32, latent_channels=4, patch_size=4, width=8, depth=1)
+    for n, words in ((3, "the first 3 latent tokens"), (9, "the last 3 latent tokens")):
+        other = flextok(num_latent_tokens=n, image_size=32, vae=vae, repa={"dim": 5})
+        notes = initialise(other, tmp_path)
+        assert len(notes) == 2 and "the same weights serve both" in notes[0] and words in notes[1]
+        kept = min(n, N)
+        assert torch.equal(other.encoder.registers.tokens[:kept], source.encoder.registers.tokens[:kept])
+        assert torch.equal(
+            other.decoder.token_positions.tables[:, :kept], source.decoder.token_positions.tables[:, :kept]
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": {"depth": 1}}, r"tokenizer\.encoder\.depth=1 but .* has 2"),
+        ({"decoder": {"null": "zero"}}, r"tokenizer\.decoder\.null=zero but .* has learned"),
+        ({"quantizer": FSQ(levels=[5, 4, 4])}, r"tokenizer\.quantizer\.levels"),
+        ({"vae": None}, r"tokenizer\.vae"),
+    ],
+)
+def test_an_export_that_does_not_fit_a_training_is_refused(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    flextok().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        initialise(flextok(**options), tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,6 +19,7 @@ from smalti.config import instantiate
 from smalti.errors import UserError
 from smalti.published import flextok, onedpiece, titok
 from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.flextok import FlexTok
 from smalti.training import checkpoint as checkpoints
 
 SOURCES = {"titok": titok.convert, "onedpiece": onedpiece.convert, "flextok": flextok.convert}
@@ -52,6 +53,8 @@ def from_run(run: Path) -> Tokenizer:
     averaged = {
         name.removeprefix(prefix): tensor for name, tensor in saved["state_dict"].items() if name.startswith(prefix)
     }
+    if isinstance(tokenizer, FlexTok) and not any(name.startswith("decoder.projection.") for name in averaged):
+        tokenizer.leave_out_features()  # its objective read none, which the config alone does not show
     _load(tokenizer, averaged, file)
     tokenizer.metadata = _metadata(run, config, int(saved["global_step"]))
     return tokenizer.eval()

@@ -6,6 +6,7 @@ What must agree (widths, depths, patches, codebook, layout) is compared first, s
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from smalti.errors import UserError
 from smalti.layers.positions import resize_grid
 from smalti.registry import describe, load
 from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.flextok import DecoderTrunk, EncoderTrunk, FlexTok, read_settings
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from smalti.tokenizers.titok import TiTok
 
@@ -24,12 +26,16 @@ from smalti.tokenizers.titok import TiTok
 _FREE = {"image_size", "num_latent_tokens", "init", "freeze_encoder"}
 _FREE |= {f"quantizer.{name}" for name in ("commitment_weight", "codebook_weight", "ema_decay", "restart_after")}
 _FREE |= {f"quantizer.{name}" for name in ("entropy_weight", "entropy_temperature")}
+_FREE |= {f"quantizer.{name}" for name in ("drop_probability", "corrupt_probability", "corrupt_share")}
+_FREE |= {"null_dropout", "activation_checkpointing", "vae.image_size", "vae.sample_posterior"}
+_FREE_SECTIONS = {"regularizer", "noise", "sampling", "repa"}
 _GRIDS = ("encoder.positional_embedding", "decoder.positional_embedding")
 _LATENTS = (
     "latent_tokens",
     "encoder.latent_token_positional_embedding",
     "decoder.latent_token_positional_embedding",
 )
+_FLEXTOK_LATENTS = {"encoder.registers.tokens": 0, "decoder.token_positions.tables": 1}  # and the axis that counts them
 
 
 @torch.no_grad()
@@ -99,15 +105,24 @@ _TO_STAGE_2 = ("codes", "soft_codes")
 
 
 def _compare(tokenizer: Tokenizer, source: Tokenizer, where: str, free: set[str] | None = None) -> None:
-    mine, theirs = _flat(describe(tokenizer)), _flat(describe(source))
+    mine, theirs = _flat(_described(tokenizer)), _flat(_described(source))
     for key in sorted(mine.keys() | theirs.keys()):
-        if key in _FREE or key.split(".")[0] in {"regularizer", *(free or ())}:
+        if key in _FREE or key.split(".")[0] in {*_FREE_SECTIONS, *(free or ())}:
             continue
         ours, its = mine.get(key), theirs.get(key)
         if key == "pixel_decoder.shortcut":
             ours, its = ours or "input", its or "input"
         if ours != its:
             raise UserError(f"tokenizer.{key}={ours} but {where} has {its}; set tokenizer.{key}={its}")
+
+
+def _described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The arguments of a tokenizer; of FlexTok's trunks also those that were not given."""
+    said: dict[str, Any] = describe(tokenizer)
+    if isinstance(tokenizer, FlexTok):
+        for name, trunk in (("encoder", EncoderTrunk), ("decoder", DecoderTrunk)):
+            said[name] = asdict(read_settings(trunk, name, said[name]))
+    return said
 
 
 def _copy(tokenizer: Tokenizer, source: Tokenizer) -> list[str]:
@@ -125,6 +140,18 @@ def _copy(tokenizer: Tokenizer, source: Tokenizer) -> list[str]:
             kept = min(len(tensor), len(own[name]))
             tensor = own[name].clone()
             tensor[:kept] = given[name][:kept]
+        if isinstance(tokenizer, FlexTok) and name in _FLEXTOK_LATENTS:
+            axis = _FLEXTOK_LATENTS[name]
+            kept = min(tensor.shape[axis], own[name].shape[axis])
+            tensor = own[name].clone()
+            tensor.narrow(axis, 0, kept).copy_(given[name].narrow(axis, 0, kept))
+        if name.startswith("decoder.projection.") and tensor.shape != own[name].shape:
+            continue  # features are projected to another representation
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"image_size={tokenizer.spec.image_size}: {name} is {tuple(own[name].shape)} there and "
+                f"{tuple(tensor.shape)} in the export, and is not resized; use image_size={source.spec.image_size}"
+            )
         values[name] = tensor
     tokenizer.load_state_dict(values, strict=False)
     before, now = source.spec, tokenizer.spec
@@ -133,13 +160,13 @@ def _copy(tokenizer: Tokenizer, source: Tokenizer) -> list[str]:
         if not isinstance(tokenizer, TiTok):
             how = "the same weights serve both"
         notes.append(f"image_size {before.image_size} -> {now.image_size}: {how}")
-    if isinstance(tokenizer, TiTok) and before.length != now.length:
+    if isinstance(tokenizer, (TiTok, FlexTok)) and before.length != now.length:
         change = f"num_latent_tokens {before.length} -> {now.length}: "
         if now.length < before.length:
             change += f"the first {now.length} latent tokens and their positions are kept"
         else:
             change += f"the last {now.length - before.length} latent tokens and their positions are fresh"
-        if tokenizer.encoder.layout == "legacy":
+        if isinstance(tokenizer, TiTok) and tokenizer.encoder.layout == "legacy":
             change += "; latent_layout=legacy mixes all positions by their number, so that latents begin anew"
         notes.append(change)
     return notes
