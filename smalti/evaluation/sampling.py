@@ -33,7 +33,8 @@ def override_sampling(tokenizer: Tokenizer, given: Mapping[str, Any], key: str =
         if type(value) is int and type(old) is float:
             changes[name] = float(value)
         elif old is not None and type(value) is not type(old) and not (value is None and name in optional):
-            raise UserError(f"{key}.{name}={value} is not of the kind of {key}.{name}={old}; give such a value")
+            shown = "null" if value is None else value
+            raise UserError(f"{key}.{name}={shown} is not of the kind of {key}.{name}={old}; give such a value")
     try:
         changed: Any = replace(settings, **changes)
     except (TypeError, ValueError) as error:

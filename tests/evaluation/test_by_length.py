@@ -249,9 +249,9 @@ def test_sampling_is_overridden_for_this_evaluation_and_recorded(measure, cosine
         ("stepps=2", "sampling.stepps is not a setting of Cosines's sampling; did you mean 'steps'?"),
         ("guidance=2", "; it has steps, noise"),
         ("steps=many", "sampling.steps=many is not of the kind of sampling.steps=4"),
-        ("steps=null", "sampling.steps=None is not of the kind of sampling.steps=4"),
+        ("steps=null", "sampling.steps=null is not of the kind of sampling.steps=4"),
         ("steps=0", "sampling: steps=0 is not positive"),
-        ("noise=-1", "sampling.noise=-1 is negative"),
+        ("noise=-1", "sampling.noise=-1.0 is negative"),
     ],
 )
 def test_sampling_that_the_decoder_does_not_know_is_refused(measure, cosines_path, override, words):
