@@ -37,7 +37,8 @@ class Flow:
     """One noise level of a rectified flow per image.
 
     velocity, target: (b, c, h, w) predicted, and noise − clean. sigma: (b,) noise levels in [0, 1], 1 is noise alone.
-    lengths: (b,) tokens that the decoder saw. features: (b, n, d) of an early block, for a representation loss, or None.
+    lengths: (b,) tokens that the decoder saw, 0 without condition. features: (b, n, d) of an early block, for a
+    representation loss, or None.
     """
 
     velocity: Tensor

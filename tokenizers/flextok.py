@@ -301,7 +301,8 @@ class FlexTok(Tokenizer):
         context = self.decoder.context(quantized.latents, lengths, draws["null"], counts)
         noised, target = add_noise(clean, draws["noise"].to(clean), draws["sigma"])
         velocity, features = self.decoder(noised, draws["sigma"], context)
-        return TokenizerOutput(quantized, flow=Flow(velocity, target, draws["sigma"], lengths, features))
+        seen = lengths.to(velocity.device, non_blocking=True).masked_fill(draws["null"], 0)
+        return TokenizerOutput(quantized, flow=Flow(velocity, target, draws["sigma"], seen, features))
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
         """ "lengths" (b,) of kept tokens and "null" (b,) for none at all; "sigma" (b,) and "noise" (b, c, h, w) of the

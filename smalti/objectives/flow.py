@@ -92,7 +92,7 @@ class FlowObjective(Objective):
 
     def statistics(self) -> dict[str, Tensor]:
         """Running means of the flow's error: flow_clean, flow_middle, flow_noisy by thirds of σ; flow_at_1, _2, _4, …
-        by keep length, up to that number and above the one before."""
+        by keep length, up to that number and above the one before; images without condition are in none of those."""
         means = self.means.clone().unbind()
         doublings = (self._length - 1).bit_length() + 1
         by_level = {f"flow_{name}": mean for name, mean in zip(_LEVELS, means, strict=False)}
@@ -103,10 +103,10 @@ class FlowObjective(Objective):
         """Add a batch to the running means. A place that no image has fallen into yet shows the mean of all."""
         self._length = length
         level = (flow.sigma * len(_LEVELS)).long().clamp(max=len(_LEVELS) - 1)
-        edges = 2 ** torch.arange(_DOUBLINGS - 1, device=flow.lengths.device)
-        doubling = torch.bucketize(flow.lengths, edges).to(errors.device, non_blocking=True)
+        edges = 2 ** torch.arange(_DOUBLINGS - 1, device=errors.device)
+        doubling = len(_LEVELS) + torch.bucketize(flow.lengths, edges)
         places = torch.arange(len(self.means), device=errors.device)
-        member = (level[:, None] == places) | (doubling[:, None] + len(_LEVELS) == places)
+        member = (level[:, None] == places) | ((doubling[:, None] == places) & (flow.lengths[:, None] > 0))
         member = F.pad(member, (0, 1), value=True)  # and all images
         totals = torch.stack([member.float().sum(0), torch.where(member, errors[:, None], 0.0).sum(0)])
         if dist.is_available() and dist.is_initialized():

@@ -79,6 +79,9 @@ def test_statistics_tell_errors_by_noise_level_and_by_length() -> None:
     assert after["flow_noisy"] == pytest.approx(6 - 0.05 * 3)
     assert after["flow_at_4"] == pytest.approx(4 - 0.05 * 1)
     assert after["flow_clean"] == pytest.approx(1.5)
+    objective(output([9.0], [0.1], [0]), images(1), 2)  # no token: no length
+    last = {name: float(value) for name, value in objective.statistics().items()}
+    assert {name for name in last if last[name] != pytest.approx(after[name])} == {"flow_clean"}
 
 
 def test_a_place_that_no_image_fell_into_shows_the_mean_of_all() -> None:
