@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from smalti.config import FOLDER, options
+from smalti.config import compose as compose_command
 
 EXPERIMENTS = options("experiment")
 SCALES = options("scale")
@@ -202,3 +203,24 @@ def test_headers_say_what_is_reproduced_and_how(experiment: str) -> None:
     text = Path(FOLDER, "experiment", f"{experiment}.yaml").read_text()
     for word in ("Source:", "Expected:", "Command: python train.py experiment="):
         assert word in text
+
+
+def test_a_scale_may_take_other_options_than_the_recipe_and_the_command_line_wins() -> None:
+    pixels = compose_command("train", ["experiment=onedpiece", "scale=tiny"])
+    assert pixels.config.objective._target_ == "smalti.objectives.pixels.PixelObjective"
+    assert pixels.config.requires is None and "instead" not in pixels.config and pixels.changes == {}
+    typed = compose_command("train", ["experiment=onedpiece", "scale=tiny", "objective=codes"])
+    assert typed.config.objective._target_ == "smalti.objectives.codes.ProxyCodeObjective"
+    assert typed.changes == {"objective": "codes"}  # a run folder of its own
+    paper = compose_command("train", ["experiment=onedpiece", "scale=paper"])
+    assert paper.config.objective._target_ == "smalti.objectives.codes.ProxyCodeObjective"
+
+
+@pytest.mark.parametrize("name", ["nested_dropout", "tail_drop"])
+def test_any_titok_takes_any_regularizer_by_config_and_none_by_null(name: str) -> None:
+    given = compose_command("train", ["experiment=titok_bl64_vae", f"tokenizer/regularizer={name}"])
+    assert given.config.tokenizer.regularizer._target_.startswith("smalti.tokenizers.regularizers.")
+    assert given.changes == {"tokenizer/regularizer": name}
+    without = compose_command("train", ["experiment=onedpiece", "tokenizer/regularizer=null"])
+    assert "regularizer" not in without.config.tokenizer
+    assert without.changes == {"tokenizer/regularizer": None}
