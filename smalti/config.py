@@ -1,12 +1,11 @@
 """From a command line to a checked configuration: compose with Hydra, explain what cannot be, before anything heavy.
 
-Only Hydra and OmegaConf are imported here (0.2 s). `compose` is what commands call, `instantiate` what the heavy part
-calls to build the objects that a config names. Values are checked in smalti/checks.py.
+Only Hydra and OmegaConf are imported here (0.2 s). Values are checked in smalti/checks.py; smalti/instantiate.py builds
+the objects that a config names.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,17 +18,17 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import smalti.configs
 from smalti.errors import UserError, did_you_mean
+from smalti.instantiate import ALLOWED, TARGETS, targets
 
 FOLDER = Path(smalti.configs.__file__).resolve().parent
 HYDRA_KEYS = ("hydra.launcher.", "hydra.sweeper.")
 HIDDEN_GROUPS = "overlay/"  # picked by the primary config itself, from the scale and the other choices
-TARGETS = ("smalti.", "torch.nn.", "torch.optim.", "torchvision.models.", "timm.models.")
 FREE = ("sampling",)  # sections whose keys the loaded model knows, and no config
 PATHS = (
     "output", "run", "init_path", "teacher_path", "vae_path", "model_path", "checkpoint", "config", "image", "decode",
@@ -209,30 +208,6 @@ def groups_of(command: str) -> list[str]:
     return [name for name in names if " " not in name]
 
 
-def instantiate(node: Any, key: str, **extra: Any) -> Any:
-    """Build the object that a config node names by `_target_`; `key` is the node's place in the config, for messages.
-
-    Lists and dicts arrive as plain ones. `extra` are arguments that no config holds. An argument that the class does
-    not take, and a ValueError raised by a constructor, become a UserError that names the config key.
-    """
-    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    for path, part in _targets(plain, key):
-        _check_arguments(part, path, tuple(extra) if part is plain else ())
-    try:
-        return hydra.utils.instantiate(plain, _convert_="all", **extra)
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while isinstance(cause, InstantiationException):
-            cause = cause.__cause__
-        if isinstance(cause, UserError):
-            raise cause from error
-        if isinstance(cause, ValueError):
-            inner = re.search(r"full_key: (\S+)", str(error))
-            place = f"{key}.{inner[1]}" if inner else key
-            raise UserError(f"{place}: {cause}") from error
-        raise cause or error from None
-
-
 def _folders(config_dir: str | None) -> list[Path]:
     return [FOLDER] if config_dir is None else [FOLDER, Path(config_dir)]
 
@@ -251,9 +226,7 @@ def _is_free(override: Override) -> bool:
     return override.key_or_group.split(".")[0] in FREE and "." in override.key_or_group and not override.is_add()
 
 
-def _recipe(
-    command: str, lines: list[str], groups: Sequence[Override]
-) -> tuple[list[str], DictConfig, dict[str, str]]:
+def _recipe(command: str, lines: list[str], groups: Sequence[Override]) -> tuple[list[str], DictConfig, dict[str, str]]:
     """Compose, with the options that a scale puts in place of the recipe's; the lines it took, config and choices.
 
     `instead: {objective: pixels}` says so in an overlay: Hydra allows none of its own overrides there.
@@ -544,51 +517,9 @@ def _expanded(value: Any) -> Any:
     return os.path.normpath(os.path.expanduser(value))
 
 
-def _targets(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every section with a `_target_`, with its place in the config."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield key, dict(node) if not isinstance(node, dict) else node
-        for name, item in node.items():
-            yield from _targets(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, list):
-        for index, item in enumerate(node):
-            yield from _targets(item, f"{key}[{index}]")
-
-
 def _check_targets(config: DictConfig) -> None:
     """Only classes of ours and of a short list of libraries are built from a config."""
-    for key, part in _targets(OmegaConf.to_container(config, resolve=False), ""):
+    for key, part in targets(OmegaConf.to_container(config, resolve=False), ""):
         target = part["_target_"]
         if not isinstance(target, str) or not target.startswith(TARGETS):
-            allowed = ", ".join(f"{prefix}*" for prefix in TARGETS)
-            raise UserError(f"{key}._target_={target} is not allowed; a config builds {allowed}")
-
-
-def _check_arguments(part: dict[str, Any], key: str, extra: tuple[str, ...]) -> None:
-    """The arguments in a config section are those of the class that it names."""
-    target = part["_target_"]
-    refusal = f"{key}._target_={target} is not allowed; a config builds {', '.join(f'{name}*' for name in TARGETS)}"
-    if not str(target).startswith(TARGETS):
-        raise UserError(refusal)
-    try:
-        called = hydra.utils.get_object(target)
-    except Exception as error:
-        raise UserError(f"{key}._target_={target} cannot be imported: {error}") from error
-    if not f"{getattr(called, '__module__', '')}.".startswith(TARGETS):  # such as smalti.runs.subprocess.run
-        raise UserError(refusal)
-    function = called.__init__ if inspect.isclass(called) else called
-    parameters = dict(inspect.signature(function).parameters)
-    if inspect.isclass(called):
-        parameters.pop("self", None)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    given = [name for name in part if name not in ("_target_", "_convert_", "_recursive_", "_partial_")]
-    for name in given:
-        if name not in parameters:
-            hint = did_you_mean(name, parameters) or f"; it takes {', '.join(parameters)}"
-            raise UserError(f"{key}.{name} is not an argument of {target}{hint}")
-    for name, parameter in parameters.items():
-        needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
-        if needed and name not in given and name not in extra and not part.get("_partial_"):
-            raise UserError(f"{key}.{name} is required by {target}; add it to the config of {key}")
+            raise UserError(f"{key}._target_={target} is not allowed; a config builds {ALLOWED}")

@@ -15,8 +15,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from smalti import exports
-from smalti.config import instantiate
 from smalti.errors import UserError
+from smalti.instantiate import instantiate
 from smalti.published import flextok, onedpiece, titok
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.flextok import FlexTok

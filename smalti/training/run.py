@@ -12,10 +12,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from smalti import runs
-from smalti.config import instantiate
 from smalti.data.module import DataModule
 from smalti.errors import UserError
 from smalti.evaluation.lengths import chosen_lengths
+from smalti.instantiate import instantiate
 from smalti.objectives.base import Objective
 from smalti.objectives.codes import ProxyCodeObjective
 from smalti.tokenizers.base import Tokenizer
@@ -49,9 +49,9 @@ def train(config: DictConfig) -> dict[str, float]:
     world_size = runs.processes() if runs.processes() > 1 else devices * trainer_settings["num_nodes"]
     share = {"accumulate": trainer_settings["accumulate"], "world_size": world_size}
 
+    tokenizer, objective = build_models(config)
     data: DataModule = instantiate(config.data, "data")
     data.check(**share)
-    tokenizer, objective = build_models(config)
     lengths = validated_lengths(settings["validation"]["lengths"], tokenizer.spec)
 
     folder = Path(config.run)

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 
 from smalti import config
 from smalti.checks import check_train
-from smalti.config import compose, instantiate
+from smalti.config import compose
 from smalti.errors import UserError
+from smalti.instantiate import instantiate
 
 VARIANTS = [(experiment, scale) for experiment in config.options("experiment") for scale in config.options("scale")]
 

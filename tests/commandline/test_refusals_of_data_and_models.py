@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from smalti.config import compose, instantiate
+from smalti.config import compose
+from smalti.instantiate import instantiate
 
 TITOK = [
     "tokenizer.encoder={width: 16, depth: 1, heads: 2, patch_size: 16}",
