@@ -179,6 +179,16 @@ def test_the_legacy_layout_reads_the_same_memory_the_other_way() -> None:
     assert torch.equal(seen[1], seen[0].reshape(3, 32, 5).mT)
 
 
+def test_a_model_with_unit_scales_starts_with_mid_grey_and_with_contrast_in_its_patches() -> None:
+    model = titok(init="unit").eval()
+    assert torch.equal(model(images()).reconstruction, torch.full((3, 3, 16, 16), 0.5))
+    grey = model.encoder.patch_embed(torch.full((1, 3, 16, 16), 0.5))
+    torch.testing.assert_close(grey, torch.zeros_like(grey), atol=1e-5, rtol=0)
+    assert 0.8 < float(model.encoder.patch_embed(images(50)).detach().std()) < 1.6
+    logits = titok(init="unit", head="codes", proxy_codebook_size=20)(images()).logits
+    assert torch.equal(logits, torch.zeros(3, 20, 4, 4))
+
+
 def test_text_states_change_the_picture_and_are_required() -> None:
     model = titok(text={"width": 7, "length": 3}).eval()
     tokens = model.encode(images())
@@ -203,6 +213,7 @@ def test_text_states_change_the_picture_and_are_required() -> None:
         ({"encoder": {"width": 32, "dept": 2, "heads": 2, "patch_size": 4}}, "must have exactly the keys"),
         ({"latent_layout": "scrambled"}, "latent_layout='scrambled'"),
         ({"head": "pixel"}, "head='pixel'"),
+        ({"init": "unity"}, "init='unity' is not known; use 'published', 'fan_in' or 'unit'"),
         ({"head": "codes"}, "proxy_codebook_size=None with head=codes"),
         ({"proxy_codebook_size": 4}, "proxy_codebook_size=4 with head=pixels"),
         ({"pixel_decoder": PIXEL_DECODER}, "pixel_decoder=.* with head=pixels"),

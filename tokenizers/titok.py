@@ -74,7 +74,8 @@ class TiTok(Tokenizer):
     text: {width, length} of the text states that the decoder reads (TA-TiTok), all of them, padding included.
     init: "published": weights of 0.02, tables of width^−½ in each tower. "fan_in", for small models in short trainings:
     weights of fan_in^−½, tables of 0.5, and patches that start blind to mid-grey, so that contrast and not brightness
-    fills them.
+    fills them. "unit": the same, with patches of about unit scale and a picture that starts as mid-grey, so that there
+    is nothing to unlearn first.
     freeze_encoder: keep encoder, latent tokens and codebook as they are (stage 2).
     regularizer: draws how many leading latents the decoder reads in training; null: all, and prefixes do not decode.
     """
@@ -101,8 +102,8 @@ class TiTok(Tokenizer):
             raise ValueError(f"num_latent_tokens={num_latent_tokens} is not positive")
         if latent_layout not in ("corrected", "legacy"):
             raise ValueError(f"latent_layout={latent_layout!r} is not known; use 'corrected' or 'legacy'")
-        if init not in ("published", "fan_in"):
-            raise ValueError(f"init={init!r} is not known; use 'published' or 'fan_in'")
+        if init not in ("published", "fan_in", "unit"):
+            raise ValueError(f"init={init!r} is not known; use 'published', 'fan_in' or 'unit'")
         if head not in ("pixels", "codes", "soft_codes"):
             raise ValueError(f"head={head!r} is not known; use 'pixels', 'codes' or 'soft_codes'")
         if (head == "pixels") != (proxy_codebook_size is None):
@@ -124,10 +125,13 @@ class TiTok(Tokenizer):
         self.decoder = Decoder(
             dec, image_size, num_latent_tokens, quantizer.dim, proxy_codebook_size, text, decoder_std
         )
-        if init == "fan_in":
+        if init != "published":
             init_fan_in_(self.encoder)
             init_fan_in_(self.decoder)
             with torch.no_grad():
+                if init == "unit":
+                    self.encoder.patch_embed.weight *= 4  # pixels lie about a quarter away from mid-grey
+                    self.decoder.start_grey_()
                 assert self.encoder.patch_embed.bias is not None
                 self.encoder.patch_embed.bias -= 0.5 * self.encoder.patch_embed.weight.sum(dim=(1, 2, 3))
         else:
@@ -354,6 +358,16 @@ class Decoder(nn.Module):
             return rearrange(x, "b (h w) v -> b v h w", h=self.grid)
         p = self.patch_size
         return self.conv_out(rearrange(x, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=self.grid, p1=p, p2=p))
+
+    @torch.no_grad()
+    def start_grey_(self) -> None:
+        """Start with mid-grey pictures, or with all proxy codes alike, whatever the latents are."""
+        last = self.ffn[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        if self.proxy_codebook_size is None:
+            assert self.conv_out.bias is not None
+            self.conv_out.bias.fill_(0.5)
 
     def _checked(self, text: Tensor | None) -> Tensor:
         expected = (*self.text_positional_embedding.shape[:1], self.text_proj.in_features)
