@@ -78,6 +78,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 @cache
 def _exact_jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
     """simplejpeg's decoder, if its libjpeg agrees with Pillow's on colour and grey files."""
+
     def decode(data: bytes) -> np.ndarray:
         if simplejpeg.decode_jpeg_header(data)[2] not in ("YCbCr", "Gray"):
             raise ValueError("left to Pillow")
