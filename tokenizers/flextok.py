@@ -198,7 +198,8 @@ class FlexTok(Tokenizer):
     noise: fields of `NoiseLevels`. sampling: fields of `Sampling`; the attribute of that name may be changed later.
     repa: fields of `Features`, for an objective with a representation loss.
     init: "published": xavier-uniform weights, tables of 0.02, heads and modulations zero. "unit", for small models in
-    short trainings: weights of fan_in^−½, tables of 1, and latents that spread over the codes from the start.
+    short trainings: weights of fan_in^−½, tables of 1, latents that spread over the codes and gates that are half open
+    from the start (published: shut).
     activation_checkpointing: compute blocks again in backward instead of keeping what they computed (published: on).
     """
 
@@ -504,6 +505,8 @@ class Decoder(nn.Module):
         for block in self.blocks:
             assert isinstance(block, ModulatedBlock)
             nn.init.zeros_(block.modulation.weight)
+            if init == "unit":
+                block.open_gates_(0.5)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.head.weight)
 

@@ -147,6 +147,11 @@ class ModulatedBlock(Block):
         self.groups = groups
         self.modulation = nn.Linear(width, groups * 6 * width)
 
+    @torch.no_grad()
+    def open_gates_(self, value: float) -> None:
+        """Set both gates of every group, whatever the condition: at 0 (adaLN-zero) a block begins as the identity."""
+        self.modulation.bias.view(self.groups, 6, -1)[:, :2] = value
+
     def forward(  # type: ignore[override]
         self, x: Tensor, condition: Tensor, sizes: tuple[int, ...], mask: Tensor | None = None, keep: int | None = None
     ) -> Tensor:
