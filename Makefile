@@ -55,7 +55,7 @@ lint: $(READY)
 links:
 	@mkdir -p typings/smalti
 	@find typings/smalti -type l ! -exec test -e {} \; -delete
-	@for path in tokenizers data configs smalti/*.py $$(dirname smalti/*/__init__.py); do \
+	@for path in tokenizers generators data configs smalti/*.py $$(dirname smalti/*/__init__.py); do \
 	  link=typings/smalti/$${path##*/}; test -L $$link || ln -s ../../$$path $$link; done
 
 types: $(READY) links

@@ -24,9 +24,9 @@ from smalti.errors import UserError
 from smalti.registry import build, describe
 
 if TYPE_CHECKING:
-    from smalti.tokenizers.base import Tokenizer
+    from smalti.model import Model
 
-Model = TypeVar("Model", bound="Tokenizer")
+M = TypeVar("M", bound="Model")
 
 METADATA = {  # what an export says of itself beside that; further keys (plain JSON values) are kept and shown too
     "title": "one line: what the model is",
@@ -42,7 +42,7 @@ _FILES = ("model.safetensors", "README.md", "config.json")  # config.json last: 
 _CONVERT = "published TiTok files are converted by `python export.py source=titok checkpoint=FILE output=DIR`"
 
 
-def fingerprint(model: Tokenizer) -> str:
+def fingerprint(model: Model) -> str:
     """32 hex digits over arguments and weights (names, dtypes, shapes, bytes).
 
     Arguments at their default leave no trace, so that one which a later version adds changes no fingerprint.
@@ -50,7 +50,7 @@ def fingerprint(model: Tokenizer) -> str:
     return _digest(describe(model, defaults=False), model)
 
 
-def _digest(description: Any, model: Tokenizer) -> str:
+def _digest(description: Any, model: Model) -> str:
     digest = hashlib.blake2b(json.dumps(description, sort_keys=True).encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -58,7 +58,7 @@ def _digest(description: Any, model: Tokenizer) -> str:
     return digest.hexdigest()
 
 
-def save(model: Tokenizer, folder: Path, metadata: dict[str, Any]) -> None:
+def save(model: Model, folder: Path, metadata: dict[str, Any]) -> None:
     """Write the three files, each under a temporary name first; raises UserError where that is not possible."""
     known = {**model.metadata, **metadata}
     if taken := known.keys() & _OURS:
@@ -80,7 +80,7 @@ def save(model: Tokenizer, folder: Path, metadata: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, drafts["model.safetensors"], metadata={"format": "pt"})
-        drafts["README.md"].write_text(_card(config), encoding="utf-8")
+        drafts["README.md"].write_text(_card(config, model.card()), encoding="utf-8")
         drafts["config.json"].write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if picture and Path(picture).resolve() != (folder / "picture.png").resolve():
             shutil.copyfile(picture, folder / "picture.png")
@@ -96,7 +96,7 @@ def save(model: Tokenizer, folder: Path, metadata: dict[str, Any]) -> None:
                 draft.unlink()
 
 
-def load(name: str, cls: type[Model], hub: dict[str, Any]) -> Model:
+def load(name: str, cls: type[M], hub: dict[str, Any]) -> M:
     """The model of a folder or of a Hugging Face repository; raises UserError with one line."""
     folder = Path(name).expanduser()
     if not folder.exists():
@@ -133,7 +133,7 @@ def load(name: str, cls: type[Model], hub: dict[str, Any]) -> Model:
     return model.eval()
 
 
-def _load_weights(model: Tokenizer, weights: dict[str, torch.Tensor], file: Path) -> None:
+def _load_weights(model: Model, weights: dict[str, torch.Tensor], file: Path) -> None:
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         ours, theirs = (tuple(state[name].shape) if name in state else None for state in (own, weights))
@@ -187,32 +187,25 @@ def _reason(error: Exception) -> str:
     return (text[0] if text else type(error).__name__)[:200]
 
 
-def _card(config: dict[str, Any]) -> str:
+def _card(config: dict[str, Any], card: tuple[str, str, list[str]]) -> str:
     """A model card: front matter for the hub, what it is, how to use it, where it comes from, what was measured."""
-    spec, name = config["spec"], config["model"]["name"]
-    tokens = f"{spec['length']} continuous tokens of {spec['dim']} channels"
-    if spec["kind"] == "discrete":
-        tokens = f"{spec['length']} tokens of {spec['codebook_size']:,} codes"
-    text = "" if spec["condition"] == "none" else ", text=states"
+    name, (tag, sentence, lines_of_use) = config["model"]["name"], card
     shown_elsewhere = {"model", "spec", "title", "results", "picture"}
     facts = {key.replace("_", " "): _words(value) for key, value in config.items() if key not in shown_elsewhere}
     licence = str(config.get("licence") or "")
     lines = [
         "---",
         "library_name: smalti",
-        f"tags: [image-tokenizer, {name}]",
+        f"tags: [{tag}, {name}]",
         *([f"license: {licence.lower()}"] if re.fullmatch(r"[A-Za-z0-9.-]+", licence) else []),
         "---",
         f"# {config.get('title') or name}",
         "",
-        f"An image of {spec['image_size']} × {spec['image_size']} pixels as {tokens}.",
+        sentence,
         "",
-        *([f"![Originals over reconstructions]({config['picture']})", ""] if config.get("picture") else []),
+        *([f"![What it makes]({config['picture']})", ""] if config.get("picture") else []),
         "```python",
-        "import smalti",
-        'tokenizer = smalti.load("THIS_FOLDER")',
-        "tokens = tokenizer.encode(images)  # (b, 3, h, w) in [0, 1]",
-        f"images = tokenizer.decode(tokens{text})",
+        *lines_of_use,
         "```",
         "",
         "| | |",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from smalti.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from smalti.tokenizers.base import Tokenizer
+    from smalti.model import Model
 
 _CLASSES: dict[str, str | type] = {
     "titok": "smalti.tokenizers.titok:TiTok",
@@ -110,11 +110,11 @@ def build(description: Any) -> Any:
     return description
 
 
-def load(path_or_hub_id: str | Path) -> Tokenizer:
-    """The exported model in a folder (or in a Hugging Face repository), with its weights, in evaluation mode.
+def load(path_or_hub_id: str | Path) -> Model:
+    """The exported tokenizer or generator of a folder or of a Hugging Face repository, in evaluation mode.
 
     Raises UserError when the folder is not an export, is damaged, or holds a model that this version does not know.
     """
-    from smalti.tokenizers.base import Tokenizer
+    from smalti.model import Model
 
-    return Tokenizer.from_pretrained(str(path_or_hub_id))
+    return Model.from_pretrained(str(path_or_hub_id))

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NAMESPACES = ("tokenizers", "data")  # folders beside smalti/, without __init__.py
+NAMESPACES = ("tokenizers", "generators", "data")  # folders beside smalti/, without __init__.py
 
 # Typed into a process of each kind that is started in the repository root.
 CHECK = """

@@ -1,19 +1,16 @@
-"""The contract of every tokenizer: images (b, 3, h, w) in [0, 1] to `Tokens` and back, and folders that hold one."""
+"""The contract of every tokenizer: images (b, 3, h, w) in [0, 1] to `Tokens` and back."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
-from torch import Tensor, nn
+from torch import Tensor
 
-from smalti.registry import Described
+from smalti.model import Model
 from smalti.tokenizers.quantizers.base import Draws, Quantized, Quantizer
-from smalti.tokenizers.spec import Tokens, TokenSpec
+from smalti.tokenizers.spec import Tokens
 
 
 @dataclass(frozen=True)
@@ -48,20 +45,10 @@ class Flow:
     features: Tensor | None = None
 
 
-class Tokenizer(nn.Module, PyTorchModelHubMixin, metaclass=Described):
-    """Images to tokens and back.
+class Tokenizer(Model):
+    """Images to tokens and back; `spec` says what kind of tokens."""
 
-    Constructor arguments are keyword-only, plain JSON values or other described modules (a quantizer): they are the
-    config keys, and what an export's config.json holds. `metadata` is what an export says beside them (smalti.exports).
-    """
-
-    spec: TokenSpec
     quantizer: Quantizer
-    arguments: dict[str, Any]  # of the constructor, kept by `Described`
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.metadata: dict[str, Any] = {}
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tokens:
@@ -122,44 +109,17 @@ class Tokenizer(nn.Module, PyTorchModelHubMixin, metaclass=Described):
         """Latents (b, n, d): looked up where there are indices. Raises ValueError for tokens of another model."""
         if tokens.indices is not None and self.spec.kind == "discrete":
             return self.quantizer.lookup(tokens.indices)
-        if tokens.latents.shape[1:] != (self.spec.length, self.spec.dim):
-            shape = tuple(tokens.latents.shape)
+        if tokens.latents is None or tokens.latents.shape[1:] != (self.spec.length, self.spec.dim):
+            shape = None if tokens.latents is None else tuple(tokens.latents.shape)
             raise ValueError(f"tokens.latents of shape {shape}: expected (b, {self.spec.length}, {self.spec.dim})")
         return tokens.latents
 
-    def fingerprint(self) -> str:
-        """A hash of weights and constructor arguments: equal fingerprints, equal tokens."""
-        from smalti.exports import fingerprint
-
-        return fingerprint(self)
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        *,
-        metadata: dict[str, Any] | None = None,
-        config: None = None,
-        model_card_kwargs: None = None,
-    ) -> None:
-        """Write a folder that `smalti.load` reads: model.safetensors, config.json, README.md; each file atomically.
-
-        metadata: see smalti.exports.METADATA; what is not given keeps its value in `self.metadata`. Raises UserError
-        when the folder cannot be written. huggingface_hub's `push_to_hub(repo_id)` calls this, with two more arguments
-        that have no meaning here.
-        """
-        from smalti.exports import save
-
-        save(self, Path(save_directory), metadata or {})
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, **hub: Any
-    ) -> Self:
-        """The model of a folder or of a Hugging Face repository, in evaluation mode.
-
-        hub: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download` of huggingface_hub. Raises UserError
-        when there is none, when it is damaged, or when it is not of this class.
-        """
-        from smalti.exports import load
-
-        return load(str(pretrained_model_name_or_path), cls, hub)
+    def card(self) -> tuple[str, str, list[str]]:
+        side, text = self.spec.image_size, "" if self.spec.condition == "none" else ", text=states"
+        lines = [
+            "import smalti",
+            'tokenizer = smalti.load("THIS_FOLDER")',
+            "tokens = tokenizer.encode(images)  # (b, 3, h, w) in [0, 1]",
+            f"images = tokenizer.decode(tokens{text})",
+        ]
+        return "image-tokenizer", f"An image of {side} × {side} pixels as {self.spec.words()}.", lines

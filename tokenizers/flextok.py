@@ -376,7 +376,7 @@ class FlexTok(Tokenizer):
         drawn = _part(draws or {}, "vae")
         with torch.autocast(images.device.type, enabled=False):
             given: dict[str, Any] = {"draws": drawn} if drawn else {}
-            latents = self.vae.encode(images, **given).latents.float()
+            latents = self.vae.encode(images, **given).values.float()
         latents = rearrange(latents, "b (h w) c -> b c h w", h=self.latent_shape[1])
         # `encode` runs in inference mode, whose tensors no gradient may pass by; a copy is an ordinary tensor.
         return latents if torch.is_inference_mode_enabled() else latents.clone()

@@ -49,6 +49,12 @@ class TokenSpec:
         """Bits a token: q · log2 v for discrete tokens, None for continuous ones."""
         return None if self.codebook_size is None else self.depth * math.log2(self.codebook_size)
 
+    def words(self) -> str:
+        """Number and kind of the tokens, for messages."""
+        if self.codebook_size is None:
+            return f"{self.length} continuous tokens of {self.dim} channels"
+        return f"{self.length} tokens of {'' if self.depth == 1 else f'{self.depth} × '}{self.codebook_size:,} codes"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `TokenSpec.from_dict` reads them back."""
         return json.loads(json.dumps(asdict(self)))
@@ -62,30 +68,50 @@ class TokenSpec:
 class Tokens:
     """Images as tokens, always padded to the full length.
 
-    latents: (b, n, d) quantised (discrete) or sampled/mean (continuous) latents.
+    latents: (b, n, d) quantised (discrete) or sampled/mean (continuous) latents; None for discrete tokens that no
+    tokenizer looked up yet, such as a generator's.
     lengths: (b,) int64, how many leading tokens of each sample are kept (n unless a prefix was asked for).
     indices: (b, n) int64, (b, n, q) when depth > 1; None for continuous tokens.
     """
 
-    latents: Tensor
+    latents: Tensor | None
     lengths: Tensor
     indices: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.latents is None and self.indices is None:
+            raise ValueError("tokens without latents and without indices")
+
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.lengths)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tokens:
+        """The tokens of some of the images."""
+        latents, indices = (None if part is None else part[rows] for part in (self.latents, self.indices))
+        return Tokens(latents, self.lengths[rows], indices)
+
+    @property
+    def values(self) -> Tensor:
+        """What they are written as: indices of discrete tokens, latents of continuous ones."""
+        values = self.latents if self.indices is None else self.indices
+        assert values is not None
+        return values
 
     @classmethod
-    def full(cls, latents: Tensor, indices: Tensor | None = None) -> Tokens:
+    def full(cls, latents: Tensor | None, indices: Tensor | None = None) -> Tokens:
         """Tokens of which every one is kept."""
-        b, n = latents.shape[:2]
-        return cls(latents, torch.full((b,), n, dtype=torch.int64, device=latents.device), indices)
+        one = latents if indices is None else indices
+        if one is None:
+            raise ValueError("tokens without latents and without indices")
+        b, n = one.shape[:2]
+        return cls(latents, torch.full((b,), n, dtype=torch.int64, device=one.device), indices)
 
     def prefix(self, length: int) -> Tokens:
         """The same tokens, of which only the first `length` are kept (fewer where fewer were kept before).
 
         Raises ValueError unless 1 ≤ length ≤ n. Decoding needs a tokenizer whose spec says `prefix_decodable`.
         """
-        n = self.latents.shape[1]
+        n = self.values.shape[1]
         if not 1 <= length <= n:
             raise ValueError(f"a prefix of {length} tokens: these images have 1 to {n}")
         return replace(self, lengths=self.lengths.clamp(max=length))

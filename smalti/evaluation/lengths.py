@@ -48,12 +48,6 @@ def chosen_lengths(
     return sorted(set(asked))
 
 
-def first(tokens: Tokens, count: int) -> Tokens:
-    """The tokens of the first `count` images."""
-    indices = None if tokens.indices is None else tokens.indices[:count]
-    return Tokens(tokens.latents[:count], tokens.lengths[:count], indices)
-
-
 def decode_prefixes(
     tokenizer: Tokenizer, tokens: Tokens, lengths: Sequence[int], *, seed: int = 0
 ) -> Iterator[tuple[int, Tensor]]:

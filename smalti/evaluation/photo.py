@@ -87,7 +87,7 @@ def reconstruct_photo(
             }
             for k, part in by_length.items()
         ]
-    values = (tokens.latents if tokens.indices is None else tokens.indices)[:, :length]
+    values = tokens.values[:, :length]
     name = "latents" if tokens.indices is None else "indices"
     files = {
         kind: folder / f"{path.stem}-{kind}{'.json' if kind == 'tokens' else '.png'}"

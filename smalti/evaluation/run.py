@@ -40,7 +40,6 @@ from smalti.evaluation.photo import reconstruct_photo
 from smalti.evaluation.processes import processes
 from smalti.evaluation.protocol import describe_model, libraries, preprocessing
 from smalti.evaluation.sampling import describe_sampling, override_sampling
-from smalti.registry import load
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.spec import TokenSpec
 from smalti.training.draws import seed_of
@@ -175,7 +174,7 @@ def measure(
 
 def load_tokenizer(model_path: str, teacher_path: str | None) -> Tokenizer:
     """The exported tokenizer, ready to make pixels: with its teacher, where it predicts that one's codes."""
-    tokenizer = load(model_path)
+    tokenizer = Tokenizer.from_pretrained(model_path)
     if tokenizer.spec.condition != "none":
         raise UserError(
             f"model_path={model_path} decodes with {tokenizer.spec.condition} beside the tokens, which evaluate.py has "
@@ -192,7 +191,7 @@ def load_tokenizer(model_path: str, teacher_path: str | None) -> Tokenizer:
         if attach is None or not predicts_codes:
             raise UserError(f"teacher_path={teacher_path} is not needed: model_path={model_path} makes pixels itself")
         try:
-            attach(load(teacher_path))
+            attach(Tokenizer.from_pretrained(teacher_path))
         except (ValueError, AttributeError) as error:
             raise UserError(f"teacher_path={teacher_path} does not fit model_path={model_path}: {error}") from error
     return tokenizer.eval()

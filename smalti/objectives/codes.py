@@ -15,7 +15,6 @@ from torch import Tensor
 from smalti.errors import UserError
 from smalti.objectives.base import Objective
 from smalti.objectives.frozen import Frozen
-from smalti.registry import load
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 
 
@@ -56,7 +55,7 @@ class ProxyCodeObjective(Objective):
         """The frozen teacher on `device`, loaded when first asked for."""
         if self._teacher is None:
             assert self.teacher_path is not None
-            self._teacher = Frozen(load(Path(self.teacher_path).expanduser()))
+            self._teacher = Frozen(Tokenizer.from_pretrained(Path(self.teacher_path).expanduser()))
         return self._teacher.on(device)
 
     def forward(

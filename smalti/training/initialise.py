@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smalti.errors import UserError
 from smalti.layers.positions import resize_grid
-from smalti.registry import describe, load
+from smalti.registry import describe
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.flextok import DecoderTrunk, EncoderTrunk, FlexTok, read_settings
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
@@ -46,7 +46,7 @@ def initialise(tokenizer: Tokenizer, path: str | Path, teacher_path: str | Path 
     tokens the first ones are loaded, further ones stay as they were constructed. A stage-2 TiTok takes a stage-1 export
     and, from `teacher_path`, the MaskGIT-VQGAN whose codes that predicts. Raises UserError for anything else.
     """
-    source = load(path)
+    source = Tokenizer.from_pretrained(path)
     if type(source) is not type(tokenizer):
         raise UserError(
             f"init_path={path} holds a {type(source).__name__}, but this run trains a {type(tokenizer).__name__}; "
@@ -58,7 +58,7 @@ def initialise(tokenizer: Tokenizer, path: str | Path, teacher_path: str | Path 
                 f"init_path={path} is a stage-1 model, whose decoder gives codes: stage 2 also needs "
                 "teacher_path=DIR, the MaskGIT-VQGAN that those codes belong to"
             )
-        teacher = load(teacher_path)
+        teacher = Tokenizer.from_pretrained(teacher_path)
         if not isinstance(teacher, MaskGITVQGAN):
             raise UserError(f"teacher_path={teacher_path} holds a {type(teacher).__name__}, not a MaskGITVQGAN")
         return hand_over(tokenizer, source, teacher, init_path=path, teacher_path=teacher_path)

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from smalti.evaluation.lengths import bytes_of, decode_prefixes, first
+from smalti.evaluation.lengths import bytes_of, decode_prefixes
 from smalti.evaluation.metrics import Mean, ReconstructionMetrics, psnr
 from smalti.training.draws import seed_of
 from smalti.training.tokenizer_module import StepOutput, TokenizerModule
@@ -59,7 +59,7 @@ class Validation(pl.Callback):
                 continue
             with trainer.precision_plugin.forward_context():
                 shorter = [k for k in self.lengths if k < tokenizer.spec.length]
-                for k, decoded in decode_prefixes(tokenizer, first(tokens, count), shorter, seed=seed):
+                for k, decoded in decode_prefixes(tokenizer, tokens[:count], shorter, seed=seed):
                     by_length[k].update(psnr(images[:count], decoded))
             if tokenizer.spec.length in by_length:
                 by_length[tokenizer.spec.length].update(psnr(images[:count], whole[:count]))
@@ -102,7 +102,7 @@ class Pictures(pl.Callback):
             return
         columns = [("original", images[:STRIP_ROWS])]
         with trainer.precision_plugin.forward_context():
-            for k, part in decode_prefixes(tokenizer, first(tokens, STRIP_ROWS), self.lengths, seed=seed):
+            for k, part in decode_prefixes(tokenizer, tokens[:STRIP_ROWS], self.lengths, seed=seed):
                 columns.append((tokens_in_words(k, bytes_of(tokenizer.spec, k)), part.float()))
         picture = strip(columns, title=f"step {step:,}")
         log_picture(trainer, "strip", save_png(picture, self.folder / f"strip-{step:09d}.png"), step)

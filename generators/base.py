@@ -1,0 +1,129 @@
+"""The contract of every generator: a condition to tokens, for the tokenizer whose `TokenSpec` it was built for."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from smalti.errors import UserError
+from smalti.model import Model
+from smalti.tokenizers.quantizers.base import Draws
+from smalti.tokenizers.spec import Tokens, TokenSpec
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the pictures of a batch are to show; all None: nothing is asked for, as under the null condition.
+
+    labels: (b,) int64 class numbers. features: (b, l, c) text features, mask: (b, l) bool, true where they are real.
+    """
+
+    labels: Tensor | None = None
+    features: Tensor | None = None
+    mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        parts = (self.labels, self.features, self.mask)
+        return type(self)(*(None if part is None else part.to(device, non_blocking=True) for part in parts))
+
+
+@dataclass(frozen=True)
+class GeneratorOutput:
+    """A training forward.
+
+    terms: named, weighted losses, whose sum is the loss. statistics: further figures, without gradient.
+    """
+
+    terms: dict[str, Tensor]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> Tensor:
+        return torch.stack(list(self.terms.values())).sum()
+
+
+class Generator(Model):
+    """Tokens from conditions.
+
+    spec: of the tokens that it models; the constructor argument `tokens` (a TokenSpec as a dict), which `train.py`
+    fills from the tokenizer. `metadata["tokenizer"]` says which one that was: its path and fingerprint.
+    num_classes: classes of the labels that it takes, None where it takes none.
+    """
+
+    num_classes: int | None = None
+
+    def __init__(self, tokens: TokenSpec | Mapping[str, Any]) -> None:
+        super().__init__()
+        self.spec = tokens if isinstance(tokens, TokenSpec) else TokenSpec.from_dict(dict(tokens))
+        self.accepts(self.spec)
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, spec: TokenSpec) -> None:
+        """Raises UserError, in one line with the way out, when this kind of generator cannot model such tokens."""
+
+    @abstractmethod
+    def forward(self, tokens: Tokens, condition: Condition, draws: Draws) -> GeneratorOutput:
+        """tokens: of real images; `draws` as made by `draw`."""
+
+    @abstractmethod
+    def draw(self, batch_size: int, generator: torch.Generator, *, step: int) -> Draws:
+        """The random numbers of one training forward; `step`: updates made so far, for what is annealed in training."""
+
+    @abstractmethod
+    def generate(
+        self,
+        condition: Condition,
+        *,
+        seeds: Tensor,
+        length: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> Tokens:
+        """One sequence for each of seeds (b,): sample i's draws depend on seeds[i] alone, not on its batch.
+
+        length: tokens of a prefix, None for all; `sampling`: settings over the model's own. Inference mode.
+        Raises ValueError for labels that the model does not know and for a length that its tokens do not have.
+        """
+
+    def check_condition(self, condition: Condition) -> None:
+        """Raises ValueError for labels outside of 0…num_classes − 1."""
+        labels = condition.labels
+        if labels is None or not labels.numel():
+            return
+        if self.num_classes is None:
+            raise ValueError("labels given, but this generator takes no classes")
+        if not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise ValueError(f"label {int(labels.max())}: this generator knows 0 to {self.num_classes - 1}")
+
+    def check_length(self, length: int | None) -> int:
+        """How many tokens to generate; raises ValueError where `length` is none that the tokenizer decodes."""
+        n = self.spec.length
+        if length is None or length == n:
+            return n
+        if not self.spec.prefix_decodable:
+            raise ValueError(f"length={length}: this tokenizer decodes all {n} tokens only")
+        if not 1 <= length < n:
+            raise ValueError(f"length={length}: use 1 to {n}")
+        return length
+
+    def card(self) -> tuple[str, str, list[str]]:
+        what = f"Writes images of {self.spec.image_size} × {self.spec.image_size} pixels as {self.spec.words()}"
+        given = "" if self.num_classes is None else "labels=torch.arange(4)"
+        lines = [
+            "import smalti, torch",
+            'generator, tokenizer = smalti.load("THIS_FOLDER"), smalti.load("ITS_TOKENIZER")',
+            f"tokens = generator.generate(smalti.Condition({given}), seeds=torch.arange(4))",
+            "images = tokenizer.decode(tokens)  # (b, 3, h, w) in [0, 1]",
+        ]
+        return "image-generator", f"{what}.", lines
+
+
+def refuse(kind: str, spec: TokenSpec, why: str, way_out: str) -> UserError:
+    """The error of a generator that cannot model such tokens."""
+    return UserError(f"{kind} cannot model {spec.words()}: {why}; {way_out}")
