@@ -1,0 +1,99 @@
+"""Autoregressive decoding: next-token distribution, filters, choice; over a static cache of keys and values.
+
+The three are exchangeable. The distribution is a `Predictor`'s, which keeps what it knows of earlier tokens and takes
+one or several new ones at a time; a cache is written by position, so that tokens which are taken back are overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from smalti.generators.decoding.choice import inverse_cdf
+from smalti.generators.decoding.guidance import guide
+
+
+class Predictor(Protocol):
+    """A model with its condition and its memory of a sequence, for r rows.
+
+    With guidance the rows are two halves, of the same tokens: under the condition, and under the null condition.
+    """
+
+    def __call__(self, tokens: Tensor, start: int) -> Tensor:
+        """Logits (r, m, v) of what follows each of the tokens (r, m), which stand at start…start + m − 1.
+
+        At start 0 the condition goes before them: m + 1 logits, the first ones of the first token; m may be 0 there.
+        """
+        ...
+
+    def keep(self, rows: int) -> None:
+        """Forget all rows but the first ones; also before the first call."""
+        ...
+
+
+class KVCache:
+    """Keys and values of one layer, (r, heads, length, d / heads) each, allocated once, at the first `write`."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Set positions start…start + m − 1 to (r, heads, m, d / heads); returns views of all up to there."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values))
+        end = start + keys.shape[2]
+        self.keys[:, :, start:end], self.values[:, :, start:end] = keys, values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, rows: int) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[:rows], self.values[:rows]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """indices: (b, n). log_probabilities: (b, n − k) of those that were chosen (k were given), in the distribution that
+    they were chosen from: after guidance and filters."""
+
+    indices: Tensor
+    log_probabilities: Tensor
+
+
+def decode(
+    predict: Predictor,
+    uniform: Tensor,
+    *,
+    filters: Callable[[Tensor], Tensor],
+    scales: Sequence[float],
+    given: Tensor | None = None,
+) -> Decoded:
+    """A sequence for each row of `uniform` (b, n), one token after the other.
+
+    uniform: numbers in [0, 1), on the model's device; number i chooses token i by inverse CDF.
+    filters: (b, v) logits after guidance to logits, −inf for what cannot be chosen.
+    scales: guidance scale of each of the n tokens. Where one is not 1 (none), `predict` has 2b rows and both halves are
+    computed, up to the last such token; from then on, the conditional one only. given: (b, k) first tokens.
+    """
+    b, n = uniform.shape
+    new = torch.empty(b, 0, dtype=torch.int64, device=uniform.device) if given is None else given
+    indices, chances, start = [new], [], 0
+    last_guided = max((i for i, scale in enumerate(scales) if scale != 1), default=-1)
+    halves = 2 if last_guided >= 0 else 1
+    for i in range(new.shape[1], n):
+        if halves == 2 and i > last_guided:
+            predict.keep(b)
+            halves = 1
+        logits = predict(new.repeat(halves, 1), start)[:, -1].float()
+        probabilities = filters(guide(logits, scales[i]) if halves == 2 else logits).softmax(-1)
+        start += new.shape[1]
+        new = inverse_cdf(probabilities, uniform[:, i])[:, None]
+        indices.append(new)
+        chances.append(probabilities.gather(-1, new))
+    drawn = torch.cat(chances, 1) if chances else uniform.new_empty(b, 0, dtype=torch.float32)
+    return Decoded(torch.cat(indices, 1), drawn.log())
