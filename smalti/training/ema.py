@@ -15,6 +15,8 @@ class EMAConfig:
 
     min_decay: a floor once averaging began. update_after_step: plain copies until then. update_every: updates between
     two averagings. use_ema_warmup: rise as 1 − (1 + s/inv_gamma)^−power instead of the default (1 + s)/(10 + s).
+    constant: `decay` itself at every update, from the first on, so that the average begins at the weights before any
+    training (LlamaGen).
     """
 
     decay: float = 0.999
@@ -24,9 +26,12 @@ class EMAConfig:
     use_ema_warmup: bool = False
     inv_gamma: float = 1.0
     power: float = 2 / 3
+    constant: bool = False
 
     def at(self, count: int) -> float:
-        """The decay of the `count`-th update (from 1). The first one copies the weights."""
+        """The decay of the `count`-th update (from 1). The first one copies the weights, unless it is constant."""
+        if self.constant:
+            return self.decay
         s = count - self.update_after_step - 1
         if s <= 0:
             return 0.0
