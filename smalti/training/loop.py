@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from smalti.errors import Stopped, UserError
 from smalti.training.checkpoint import VerifiedCheckpoints
-from smalti.training.tokenizer_module import TokenizerModule
+from smalti.training.module import TrainingModule
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -84,7 +84,7 @@ def build_trainer(
 
 def fit(
     trainer: pl.Trainer,
-    module: TokenizerModule,
+    module: TrainingModule,
     train_loader: Callable[[int], Iterable[Any]],
     checkpoint: Path | None = None,
 ) -> None:
@@ -116,7 +116,7 @@ def _ddp() -> DDPStrategy:
 
 
 class _FromStep(pl.LightningDataModule):
-    def __init__(self, loader: Callable[[int], Iterable[Any]], module: TokenizerModule) -> None:
+    def __init__(self, loader: Callable[[int], Iterable[Any]], module: TrainingModule) -> None:
         super().__init__()
         self._loader, self._module = loader, module
 

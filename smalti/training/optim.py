@@ -109,7 +109,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig, lr: float) -> torch.
     """AdamW over the trainable parameters of `module` in two groups, [no decay, decay].
 
     The fused kernel is asked for always: it is the one that can skip an update on the device (`found_inf`), without
-    the host waiting for the gradients (see TokenizerModule).
+    the host waiting for the gradients (see TrainingModule).
     """
     plain, decayed = split_by_decay(module.named_parameters(), config.no_decay)
     groups = [

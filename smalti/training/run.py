@@ -89,9 +89,7 @@ def train(config: DictConfig) -> dict[str, float]:
         close(trainer.loggers)
     results = last_figures(folder / "metrics.csv") if trainer.is_global_zero else {}
     if trainer.is_global_zero:
-        averaged = module.ema.model
-        assert isinstance(averaged, Tokenizer)
-        averaged.save_pretrained(folder / "export", metadata=card(settings, data, results, folder))
+        module.averaged.save_pretrained(folder / "export", metadata=card(settings, data, results, folder))
         print(f"reconstructions: {newest_picture(folder)}\nexport: {folder / 'export'}", flush=True)
     return results
 

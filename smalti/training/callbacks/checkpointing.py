@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 
 from smalti.errors import Diverged, UserError
 from smalti.training.checkpoint import VerifiedCheckpoints, checkpoint_path, list_checkpoints, prune
-from smalti.training.tokenizer_module import StepOutput, TokenizerModule
+from smalti.training.module import StepOutput, TrainingModule
 
 
 class Checkpointing(pl.Callback):
@@ -28,7 +28,7 @@ class Checkpointing(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, TokenizerModule)
+        assert isinstance(pl_module, TrainingModule)
         output: StepOutput = outputs["output"]
         if not output.ended:
             return

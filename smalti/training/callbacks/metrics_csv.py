@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from smalti.training.tokenizer_module import StepOutput, TokenizerModule
+from smalti.training.module import StepOutput, TrainingModule
 
 
 class MetricsCsv(pl.Callback):
@@ -40,7 +40,7 @@ class MetricsCsv(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, TokenizerModule)
+        assert isinstance(pl_module, TrainingModule)
         output: StepOutput = outputs["output"]
         for name, value in _figures(output).items():
             self._pending.setdefault(name, []).append(value)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from smalti.training.callbacks.metrics_csv import MetricsCsv
-from smalti.training.tokenizer_module import StepOutput
+from smalti.training.module import StepOutput
 
 WINDOW = 50  # micro-batches over which speed is averaged
 

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 
 from smalti.errors import Stopped
 from smalti.training.callbacks.checkpointing import Checkpointing
-from smalti.training.tokenizer_module import StepOutput, TokenizerModule
+from smalti.training.module import StepOutput, TrainingModule
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
@@ -27,7 +27,7 @@ class Signals(pl.Callback):
         self._received: signal.Signals | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, TokenizerModule)
+        assert isinstance(pl_module, TrainingModule)
         guard = pl_module.guard
 
         def note(number: int, frame: FrameType | None) -> None:
@@ -44,7 +44,7 @@ class Signals(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, TokenizerModule)
+        assert isinstance(pl_module, TrainingModule)
         output: StepOutput = outputs["output"]
         # At the last step the run is done anyway.
         if output.ended and pl_module.guard.stopping and output.step < pl_module.max_steps:

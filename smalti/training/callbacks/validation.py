@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smalti.evaluation.lengths import bytes_of, decode_prefixes
 from smalti.evaluation.metrics import Mean, ReconstructionMetrics, psnr
 from smalti.training.draws import seed_of
-from smalti.training.tokenizer_module import StepOutput, TokenizerModule
+from smalti.training.module import StepOutput, TrainingModule
+from smalti.training.tokenizer_module import TokenizerModule
 
 Batches = Callable[[], Iterable[dict[str, Any]]]
 STRIP_ROWS = 4  # images in the strip: a decoder that samples makes each of them once for every length
@@ -36,8 +38,9 @@ class Validation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, TokenizerModule)
-        if _due(outputs["output"], self.every, pl_module):
-            figures = self.measure(trainer, pl_module)
+        if due(outputs["output"], self.every, pl_module):
+            with evaluating(pl_module.averaged):
+                figures = self.measure(trainer, pl_module)
             pl_module.figures |= {f"validation/{name}": value for name, value in figures.items()}
 
     @torch.inference_mode()
@@ -84,8 +87,9 @@ class Pictures(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, TokenizerModule)
-        if trainer.is_global_zero and _due(outputs["output"], self.every, pl_module):
-            self.draw(trainer, pl_module, outputs["output"].step)
+        if trainer.is_global_zero and due(outputs["output"], self.every, pl_module):
+            with evaluating(pl_module.averaged):
+                self.draw(trainer, pl_module, outputs["output"].step)
 
     @torch.inference_mode()
     def draw(self, trainer: pl.Trainer, module: TokenizerModule, step: int) -> None:
@@ -120,5 +124,17 @@ def log_picture(trainer: pl.Trainer, name: str, path: Path, step: int) -> None:
             logger.experiment.add_image(name, pil_to_tensor(Image.open(path)), step)
 
 
-def _due(output: StepOutput, every: int, module: TokenizerModule) -> bool:
+def due(output: StepOutput, every: int, module: TrainingModule) -> bool:
+    """Whether this micro-batch ends a step at which something is measured: every `every`-th, and the last one."""
     return output.ended and (output.step % every == 0 or output.step == module.max_steps)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode for a while: without a moving average it is the one in training."""
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)

@@ -1,0 +1,118 @@
+"""One generator in training: tokens (of a frozen tokenizer, or made beforehand), draws, forward, backward, update."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from smalti.generators.base import Condition, Generator
+from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.quantizers.base import Draws
+from smalti.tokenizers.spec import Tokens
+from smalti.training.ema import EMAConfig
+from smalti.training.module import StepOutput, TrainingModule
+from smalti.training.optim import OptimConfig
+
+
+class GeneratorModule(TrainingModule):
+    """A generator and, where `ema` says so, its moving average; further arguments as of `TrainingModule`.
+
+    tokenizer: frozen; encodes images in the loop, and validation decodes with it. A batch has `image` (b, 3, h, w),
+    uint8 or float in [0, 1], or `indices` (b, n) or (b, n, q), which then must be this tokenizer's; and any of `label`
+    (b,) (-1: none), `features` (b, l, c) with `mask` (b, l), and `weight` (b,), how much each sample counts, for
+    generators whose forward takes it.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        optimizer: OptimConfig,
+        *,
+        tokenizer: Tokenizer | None = None,
+        max_steps: int,
+        ema: EMAConfig | None = None,
+        accumulate: int = 1,
+        seed: int = 0,
+        nan_limit: int = 20,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(
+            generator,
+            optimizer,
+            max_steps=max_steps,
+            ema=ema,
+            accumulate=accumulate,
+            seed=seed,
+            nan_limit=nan_limit,
+            compile=compile,
+        )
+        self.generator = generator
+        self.tokenizer = None if tokenizer is None else tokenizer.eval().requires_grad_(False)
+
+    @property
+    def trained(self) -> Generator:
+        return self.generator
+
+    @property
+    def averaged(self) -> Generator:
+        return cast(Generator, super().averaged)
+
+    def draw(self, batch_size: int, generator: torch.Generator, step: int) -> Draws:
+        return self.generator.draw(batch_size, generator, step=step)
+
+    def mutable(self) -> list[Tensor]:
+        return list(self.generator.buffers())
+
+    def frozen_names(self) -> list[str]:
+        return [] if self.tokenizer is None else [f"tokenizer.{name}" for name in self.tokenizer.state_dict()]
+
+    def train(self, mode: bool = True) -> GeneratorModule:
+        """The tokenizer stays in evaluation mode."""
+        super().train(mode)
+        if self.tokenizer is not None:
+            self.tokenizer.eval()
+        return self
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, StepOutput]:
+        step, micro, last = self.begin()
+        tokens = self.tokens_of(batch)
+        weight = {"weight": batch["weight"]} if "weight" in batch else {}
+        output = self.generator(tokens, self.condition_of(batch), self.draws(len(tokens), step, micro), **weight)
+        norms: dict[str, Tensor] = {}
+        rates: dict[str, float] = {}
+        with torch.autocast(self.device.type, enabled=False):
+            loss = self.backward_of(output.terms, last)
+            if last:
+                norms["grad_norm"], rates["lr"] = self.update(step)
+            self.end(step, last)
+        return self.result(
+            step,
+            last,
+            loss=loss,
+            terms=output.terms,
+            statistics=output.statistics,
+            norms=norms,
+            rates=rates,
+            samples=len(tokens),
+            indices=tokens.indices,
+        )
+
+    @torch.no_grad()
+    def tokens_of(self, batch: dict[str, Any]) -> Tokens:
+        """A batch's indices, or its images by the tokenizer, in float32: the tokens that `encode.py` writes."""
+        if "indices" in batch:
+            return Tokens.full(None, batch["indices"].long())
+        if self.tokenizer is None:
+            raise ValueError("a batch of images needs a tokenizer")
+        images: Tensor = batch["image"]
+        with torch.autocast(self.device.type, enabled=False):
+            made = self.tokenizer.encode(images if images.is_floating_point() else images.float() / 255)
+        # Cloned: tensors that were made in inference mode cannot take part in a backward.
+        return Tokens.full(made.values.clone()) if made.indices is None else Tokens.full(None, made.indices.clone())
+
+    def condition_of(self, batch: dict[str, Any]) -> Condition:
+        """What a batch's pictures are to show; generators without classes are given no labels."""
+        labels = None if self.generator.num_classes is None else batch.get("label")
+        return Condition(labels, batch.get("features"), batch.get("mask"))
