@@ -11,20 +11,15 @@ quirks that published weights depend on, which are options here (latent_layout="
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from smalti.errors import UserError
+from smalti.published.files import config_beside, read_config, read_weights, weights_file
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from smalti.tokenizers.quantizers.base import Quantizer
@@ -180,14 +175,18 @@ def convert(
     the weights. Raises UserError with one line.
     """
     checkpoint = Path(checkpoint).expanduser()
-    file = _weights_file(checkpoint)
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in _read(file).items()}
-    found = Path(config) if config is not None else _config_beside(file)
+    file = weights_file(checkpoint)
+    state = read_weights(file)
+    found = Path(config) if config is not None else config_beside(file)
     if found is None:
         settings, inferred = infer(state)
         size_overrides = {**inferred, **(size_overrides or {})}
     else:
-        settings = _read_config(found)
+        settings = read_config(found)
+        if "vqgan" not in settings and "vq_model" not in (settings.get("model") or {}):
+            raise UserError(
+                f"config={found} has no model.vq_model: it is not a published TiTok configuration; check the file"
+            )
     if settings.get("model", {}).get("type") == "one_d_piece" and regularizer is None:
         raise UserError(f"{found} describes a One-D-Piece model, whose prefixes decode; use source=onedpiece")
     try:
@@ -312,73 +311,6 @@ def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
 
 def _side(positions: int) -> int:
     return round(positions**0.5)
-
-
-def _weights_file(checkpoint: Path) -> Path:
-    if checkpoint.is_file():
-        return checkpoint
-    if not checkpoint.is_dir():
-        raise UserError(f"checkpoint={checkpoint} does not exist; give a published file or folder")
-    # Averaged weights first: the published training writes its live ones under the plain name beside them.
-    for folder in ("ema_model", "", "unwrapped_model"):
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (file := checkpoint / folder / name).is_file():
-                return file
-    raise UserError(
-        f"checkpoint={checkpoint} holds neither model.safetensors nor pytorch_model.bin; give the file itself"
-    )
-
-
-def _read(file: Path) -> State:
-    """Tensors of a .safetensors file, or of one that torch saved; pickled objects in it are refused, never run."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint={file} is no file of tensors: it holds pickled objects, which are never run, or it is damaged"
-        ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
-        raise UserError(f"checkpoint={file} cannot be read ({_reason(error)}); download it again") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"checkpoint={file} is no dictionary of tensors; give the weights file of the published model")
-    return content
-
-
-def _config_beside(file: Path) -> Path | None:
-    """config.json or config.yaml beside a weights file, or above it where the published training writes it."""
-    folders = [file.parent]
-    if file.parent.name in ("ema_model", "unwrapped_model"):
-        folders += [file.parent.parent, file.parent.parent.parent]
-    for folder in folders:
-        for name in ("config.json", "config.yaml"):
-            if (folder / name).is_file():
-                return folder / name
-    return None
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        config = (
-            json.loads(text) if file.suffix == ".json" else OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-        )
-    except Exception as error:  # OSError, JSON's, and YAML's own
-        raise UserError(f"config={file} cannot be read ({_reason(error)}); check the file") from error
-    if isinstance(config, dict):
-        settings = {str(key): value for key, value in config.items()}
-        if "vqgan" in settings or "vq_model" in (settings.get("model") or {}):
-            return settings
-    raise UserError(f"config={file} has no model.vq_model: it is not a published TiTok configuration; check the file")
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:150] if lines else type(error).__name__
 
 
 # rFID on the 50,000 ImageNet validation images as the published READMEs state it.

@@ -1,0 +1,85 @@
+"""Published checkpoints and their configurations as files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from smalti.errors import UserError
+
+
+def weights_file(checkpoint: Path) -> Path:
+    """The file itself, that of a hub folder, or that of a published training's folder, of its averaged weights."""
+    if checkpoint.is_file():
+        return checkpoint
+    if not checkpoint.is_dir():
+        raise UserError(f"checkpoint={checkpoint} does not exist; give a published file or folder")
+    # Averaged weights first: 1d-tokenizer's training writes its live ones under the plain name beside them.
+    for folder in ("ema_model", "", "unwrapped_model"):
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (file := checkpoint / folder / name).is_file():
+                return file
+    raise UserError(
+        f"checkpoint={checkpoint} holds neither model.safetensors nor pytorch_model.bin; give the file itself"
+    )
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of one that torch saved; floating point as float32.
+
+    Pickled objects in it are refused, never run.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint={file} is no file of tensors: it holds pickled objects, which are never run, or it is damaged"
+        ) from error
+    except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
+        raise UserError(f"checkpoint={file} cannot be read ({reason(error)}); download it again") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"checkpoint={file} is no dictionary of tensors; give the weights file of the published model")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in content.items()}
+
+
+def config_beside(file: Path) -> Path | None:
+    """config.json or config.yaml beside a weights file, or above it where the published training writes it."""
+    folders = [file.parent]
+    if file.parent.name in ("ema_model", "unwrapped_model"):
+        folders += [file.parent.parent, file.parent.parent.parent]
+    for folder in folders:
+        for name in ("config.json", "config.yaml"):
+            if (folder / name).is_file():
+                return folder / name
+    return None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A published .json or .yaml as plain values, references within it resolved."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        config = OmegaConf.create(json.loads(text) if file.suffix == ".json" else text)
+        values = OmegaConf.to_container(config, resolve=True)
+    except Exception as error:  # OSError, JSON's, and YAML's own
+        raise UserError(f"config={file} cannot be read ({reason(error)}); check the file") from error
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:150] if lines else type(error).__name__
