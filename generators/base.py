@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -29,8 +29,20 @@ class Condition:
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
+        return self._each(lambda part: part.to(device, non_blocking=True))
+
+    def repeat(self, times: int) -> Self:
+        """The same rows several times, one block behind the other: for the branches of guidance."""
+        return self._each(lambda part: torch.cat([part] * times))
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is asked for."""
+        return self.labels is None and self.features is None
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         parts = (self.labels, self.features, self.mask)
-        return type(self)(*(None if part is None else part.to(device, non_blocking=True) for part in parts))
+        return type(self)(*(None if part is None else change(part) for part in parts))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from smalti.layers.attention import attend
+from smalti.layers.mlp import FeedForward
+
 
 def layer_norm(x: Tensor) -> Tensor:
     """Zero mean and unit variance over the last dimension, computed in float32."""
@@ -83,35 +86,11 @@ class Attention(nn.Module):
                 mask = mask[..., keep, :]
         if self.qk_norm:
             q, k = layer_norm(q), layer_norm(k)
-        kind = v.dtype
-        if v.device.type == "cpu" and kind == torch.bfloat16:  # as in SelfAttention: a third of the time backward
-            q, k, v = q.float(), k.float(), v.float()
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale).to(kind)
-        return self.out(x.transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v, attn_mask=mask, scale=self.scale))
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(b, n, parts·d) as `parts` views (b, heads, n, d / heads)."""
         return rearrange(x, "b n (parts heads d) -> parts b heads n d", parts=parts, heads=self.heads).unbind(0)
-
-
-class FeedForward(nn.Module):
-    """fc2(silu(fc1 x) · fc3 x), a third narrower than `ratio` says so that three matrices cost as much as two (SwiGLU);
-    or, not gated, fc2(silu(fc1 x))."""
-
-    def __init__(self, width: int, *, gated: bool = True, ratio: float = 4.0, bias: bool = False) -> None:
-        super().__init__()
-        self.gated = gated
-        hidden = int(2 * int(ratio * width) / 3) if gated else int(ratio * width)
-        self.fc = nn.Linear(width, 2 * hidden if gated else hidden, bias=bias)  # fc1 over fc3
-        self.proj = nn.Linear(hidden, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (…, width)."""
-        x = self.fc(x)
-        if not self.gated:
-            return self.proj(F.silu(x))
-        x, factor = x.chunk(2, dim=-1)
-        return self.proj(F.silu(x) * factor)
 
 
 class Block(nn.Module):

@@ -1,10 +1,27 @@
-"""Self-attention on torch's fused kernel."""
+"""Attention on torch's fused kernel."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from smalti.layers.cache import KVCache
+from smalti.layers.rotary import rotate
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Heads (b, heads, m, d / heads) that attend to k and v, joined to (b, m, d).
+
+    options: of torch's scaled_dot_product_attention. On CPUs its bfloat16 kernel takes 3 times as long backward as its
+    float32 one (b 64, n 128, 4 heads), which is taken instead.
+    """
+    dtype = v.dtype
+    if v.device.type == "cpu" and dtype == torch.bfloat16:
+        q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q, k, v, **options).to(dtype).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -41,14 +58,65 @@ class SelfAttention(nn.Module):
             weights, biases = self.qkv.weight.split((d, 2 * d)), self.qkv.bias.split((d, 2 * d))
             (q,) = self._heads(F.linear(x[:, keep], weights[0], biases[0]), 1)
             k, v = self._heads(F.linear(x, weights[1], biases[1]), 2)
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            # torch's bfloat16 kernel on CPUs takes 3 times as long backward as its float32 one (b 64, n 128, 4 heads).
-            q, k, v = q.float(), k.float(), v.float()
-        keys = None if mask is None else mask[:, None, None]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).to(x.dtype)
-        return self.out(x.transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v, attn_mask=None if mask is None else mask[:, None, None]))
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(b, n, parts·d) as `parts` views (b, heads, n, d / heads)."""
         b, n, width = x.shape
         return x.view(b, n, parts, self.heads, width // parts // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class CausalAttention(nn.Module):
+    """Multi-head self-attention in which a token sees itself and what precedes it.
+
+    kv_heads: heads of keys and values, each of which serves heads / kv_heads heads of queries next to each other
+    (grouped queries, Ainslie et al. 2023, arXiv:2305.13245); None: as many as of queries. qk_norm: each head's queries
+    and keys are normalised, with a learned gain. out_bias: of the output projection; queries, keys, values have none.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, kv_heads: int | None = None, qk_norm: bool = False, out_bias: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        if width % heads:
+            raise ValueError(f"width={width} is not a multiple of heads={heads}")
+        if heads % self.kv_heads:
+            raise ValueError(f"heads={heads} is not a multiple of kv_heads={self.kv_heads}")
+        self.head_width = width // heads
+        self.qkv = nn.Linear(width, (heads + 2 * self.kv_heads) * self.head_width, bias=False)
+        self.out = nn.Linear(width, width, bias=out_bias)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.q_norm, self.k_norm = (nn.LayerNorm(self.head_width, bias=False) for _ in range(2))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """x: (b, m, d), tokens start…start + m − 1 of a sequence whose earlier ones `cache` holds; returns (b, m, d).
+
+        rotary: rows start…start + m − 1 of `Rotary.tables`. mask: (b, 1, m, start + m) bool, true where a token may
+        attend; None: to itself and everything before it.
+        """
+        m = x.shape[1]
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_width))
+        both, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)  # queries and keys are turned at once
+        if self.qk_norm:
+            q, k = both.split((self.heads, self.kv_heads), dim=2)
+            both = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
+        if rotary is not None:
+            both = rotate(both, *rotary)
+        q, k = both.split((self.heads, self.kv_heads), dim=2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        if cache is not None:
+            k, v = cache.write(start, k, v)
+        if mask is None and start and m > 1:
+            mask = torch.ones(m, start + m, dtype=torch.bool, device=x.device).tril_(start)
+        causal, grouped = mask is None and m > 1, self.kv_heads != self.heads
+        return self.out(attend(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from smalti.layers.adaln import Attention, FeedForward
+from smalti.layers.adaln import Attention
 from smalti.layers.attention import SelfAttention
+from smalti.layers.mlp import FeedForward
 
 
 def init_vit_(module: nn.Module, std: float = 0.02) -> None:

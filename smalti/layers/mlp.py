@@ -7,15 +7,54 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Linear, exact GELU, Linear. x: (…, width)."""
+    """Linear, GELU, Linear. x: (…, width); returns (…, out), by default as wide as x.
 
-    def __init__(self, width: int, hidden: int) -> None:
+    gelu: "none", exact, or "tanh", its approximation.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, out: int | None = None, *, bias: bool = True, gelu: str = "none"
+    ) -> None:
         super().__init__()
-        self.fc = nn.Linear(width, hidden)
-        self.proj = nn.Linear(hidden, width)
+        self.gelu = gelu
+        self.fc = nn.Linear(width, hidden, bias=bias)
+        self.proj = nn.Linear(hidden, out or width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.gelu(self.fc(x)))
+        return self.proj(F.gelu(self.fc(x), approximate=self.gelu))
+
+
+class FeedForward(nn.Module):
+    """fc2(silu(fc1 x) · fc3 x), a third narrower than `ratio` says so that three matrices cost as much as two (SwiGLU,
+    Shazeer 2020, arXiv:2002.05202); or, not gated, fc2(silu(fc1 x)).
+
+    hidden: width between the two, by default what `ratio` says.
+    """
+
+    def __init__(
+        self, width: int, *, gated: bool = True, ratio: float = 4.0, bias: bool = False, hidden: int | None = None
+    ) -> None:
+        super().__init__()
+        self.gated = gated
+        hidden = hidden or (int(2 * int(ratio * width) / 3) if gated else int(ratio * width))
+        self.fc = nn.Linear(width, 2 * hidden if gated else hidden, bias=bias)  # fc1 over fc3
+        self.proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (…, width)."""
+        x = self.fc(x)
+        if not self.gated:
+            return self.proj(F.silu(x))
+        x, factor = x.chunk(2, dim=-1)
+        return self.proj(F.silu(x) * factor)
+
+
+def llama_hidden(width: int, ratio: float = 4.0, multiple: int = 256, factor: float | None = None) -> int:
+    """The hidden width of a gated `FeedForward` in Llama's models: two thirds of `ratio` · width, times `factor`,
+    rounded up to a multiple."""
+    hidden = int(2 * int(ratio * width) / 3)
+    hidden = hidden if factor is None else int(factor * hidden)
+    return -(-hidden // multiple) * multiple
 
 
 class ProjectionHead(nn.Module):
