@@ -139,3 +139,20 @@ class Generator(Model):
 def refuse(kind: str, spec: TokenSpec, why: str, way_out: str) -> UserError:
     """The error of a generator that cannot model such tokens."""
     return UserError(f"{kind} cannot model {spec.words()}: {why}; {way_out}")
+
+
+def accept_codes(kind: str, spec: TokenSpec) -> None:
+    """Raises UserError unless a token is one code."""
+    if spec.kind != "discrete":
+        raise refuse(kind, spec, "it predicts indices of a codebook", "use a tokenizer with a vq or fsq quantizer")
+    if spec.depth != 1:
+        raise refuse(kind, spec, "it predicts one code a token", "use a tokenizer with depth 1")
+
+
+def indices_of(tokens: Tokens, spec: TokenSpec) -> Tensor:
+    """Indices (b, n); raises ValueError where a batch is not of the tokens that a generator was built for."""
+    indices = tokens.indices
+    if indices is None or indices.ndim != 2 or indices.shape[1] != spec.length:
+        shape = None if indices is None else tuple(indices.shape)
+        raise ValueError(f"tokens.indices of shape {shape}: this generator was built for (b, {spec.length})")
+    return indices

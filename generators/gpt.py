@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.generators.base import Condition, Generator, GeneratorOutput, refuse
+from smalti.generators.base import Condition, Generator, GeneratorOutput, accept_codes, indices_of
 from smalti.generators.decoding import guidance
 from smalti.generators.decoding.autoregressive import Decoded, decode
 from smalti.generators.decoding.choice import uniforms
@@ -384,23 +384,6 @@ def causal_mask(present: Tensor, start: int, m: int) -> Tensor:
     rows = torch.ones(m, end, dtype=torch.bool, device=present.device).tril(start)
     itself = torch.ones(m, end, dtype=torch.bool, device=present.device).triu(start) & rows
     return (rows & columns) | itself
-
-
-def accept_codes(kind: str, spec: TokenSpec) -> None:
-    """Raises UserError unless a token is one code."""
-    if spec.kind != "discrete":
-        raise refuse(kind, spec, "it predicts indices of a codebook", "use a tokenizer with a vq or fsq quantizer")
-    if spec.depth != 1:
-        raise refuse(kind, spec, "it predicts one code a token", "use a tokenizer with depth 1")
-
-
-def indices_of(tokens: Tokens, spec: TokenSpec) -> Tensor:
-    """Indices (b, n); raises ValueError where a batch is not of the tokens that a generator was built for."""
-    indices = tokens.indices
-    if indices is None or indices.ndim != 2 or indices.shape[1] != spec.length:
-        shape = None if indices is None else tuple(indices.shape)
-        raise ValueError(f"tokens.indices of shape {shape}: this generator was built for (b, {spec.length})")
-    return indices
 
 
 def cross_entropy(logits: Tensor, indices: Tensor, lengths: Tensor, weight: Tensor | None) -> Tensor:
