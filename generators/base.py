@@ -113,6 +113,23 @@ class Generator(Model):
         if not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise ValueError(f"label {int(labels.max())}: this generator knows 0 to {self.num_classes - 1}")
 
+    def labels_of(self, condition: Condition, rows: int, device: torch.device) -> Tensor:
+        """(rows,) int64 classes for generators that take nothing else, −1 for the null condition.
+
+        Raises ValueError for another number of labels and for text features; on CPUs also for a label that there is
+        not (elsewhere looking would make the host wait).
+        """
+        labels = condition.labels
+        if condition.features is not None:
+            raise ValueError("text features given, but this generator takes classes")
+        if labels is None:
+            return torch.full((rows,), -1, device=device)
+        if len(labels) != rows:
+            raise ValueError(f"{len(labels)} labels for {rows} sequences of tokens; give one for each")
+        if labels.device.type == "cpu" and rows and int(labels.max()) >= (self.num_classes or 0):
+            raise ValueError(f"label {int(labels.max())}: this generator knows {self.num_classes or 0} classes")
+        return labels.to(device, non_blocking=True)
+
     def check_length(self, length: int | None) -> int:
         """How many tokens to generate; raises ValueError where `length` is none that the tokenizer decodes."""
         n = self.spec.length

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,31 @@ from omegaconf import DictConfig, OmegaConf
 from smalti import exports
 from smalti.errors import UserError
 from smalti.instantiate import instantiate
-from smalti.published import flextok, onedpiece, titok
+from smalti.model import Model
+from smalti.published import flextok, maskgit, onedpiece, titok
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.flextok import FlexTok
 from smalti.training import checkpoint as checkpoints
 
-SOURCES = {"titok": titok.convert, "onedpiece": onedpiece.convert, "flextok": flextok.convert}
+SOURCES: dict[str, Callable[[str, str | None], Model]] = {
+    "titok": titok.convert,
+    "onedpiece": onedpiece.convert,
+    "flextok": flextok.convert,
+    "maskgit": maskgit.convert,
+}
 
 
 def export(config: DictConfig) -> Path:
     """The folder that `config.output` names, written; raises UserError before anything is."""
+    model: Model
     if config.run is not None:
-        tokenizer = from_run(Path(config.run))
+        model = from_run(Path(config.run))
     else:
-        tokenizer = SOURCES[config.source](config.checkpoint, config.config)
+        model = SOURCES[config.source](config.checkpoint, config.config)
     output = Path(config.output)
-    tokenizer.save_pretrained(output)
-    size = sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6
-    print(
-        f"export: {output} ({type(tokenizer).__name__}, {size:.1f} M parameters)\nload:   smalti.load({str(output)!r})"
-    )
+    model.save_pretrained(output)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"export: {output} ({type(model).__name__}, {size:.1f} M parameters)\nload:   smalti.load({str(output)!r})")
     return output
 
 

@@ -1,0 +1,47 @@
+"""Mask schedules of masked generators: how many tokens are unknown, in training and in sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "arccos": lambda t: torch.acos(t) / (math.pi / 2),
+    "cosine": lambda t: torch.cos(t * math.pi / 2),
+    "linear": lambda t: 1 - t,
+    "root": lambda t: 1 - t.sqrt(),
+    "square": lambda t: 1 - t**2,
+}
+
+
+def check_schedule(name: str, value: str) -> None:
+    """Raises ValueError for an unknown schedule; name: of the argument that holds it."""
+    if value not in SCHEDULES:
+        raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(SCHEDULES)}")
+
+
+def masked_share(schedule: str, uniform: Tensor) -> Tensor:
+    """How much of a training sequence is masked, in [1e-6, 1]; uniform: in [0, 1], how far decoding has come."""
+    return SCHEDULES[schedule](uniform).clamp(1e-6, 1)
+
+
+def random_mask(schedule: str, uniform: Tensor, order: Tensor) -> Tensor:
+    """The masks (b, n) bool of a training batch, at least one token of each sample masked.
+
+    uniform: (b,), as of `masked_share`; the number is rounded half to even. order: (b, n) uniforms, whose argsort says
+    which tokens: position i is masked where the entry i of that permutation, not its rank, is below the number.
+    """
+    count = (order.shape[1] * masked_share(schedule, uniform)).round().clamp(min=1)
+    return order.argsort(dim=-1) < count[:, None]
+
+
+def stay_masked(schedule: str, n: int, left: int, done: float) -> int:
+    """Tokens of n that stay masked when the share `done` of the steps is behind, of `left` masked ones before.
+
+    Rounded down, but at least one fewer than before, and never fewer than one: the last step predicts all that is left.
+    """
+    share = float(SCHEDULES[schedule](torch.tensor(done, dtype=torch.float64)))
+    return max(1, min(left - 1, math.floor(n * share)))
