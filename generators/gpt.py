@@ -253,13 +253,15 @@ class GPTPredictor:
         self.present = None if present is None or bool(present.all()) else present
         self.caches = [KVCache(start.shape[1] + model.spec.length) for _ in model.blocks]
 
+    def begin(self, tokens: Tensor) -> Tensor:
+        x = torch.cat([self.start, self.model.embed(tokens, 0)], dim=1)
+        x = self.model.trunk(x, 0, self.present, self.caches)[:, self.start.shape[1] - 1 :]
+        return self.model.head(x).float()
+
     def __call__(self, tokens: Tensor, start: int) -> Tensor:
         x = self.model.embed(tokens, start)
-        leading = self.start.shape[1]
-        if start == 0:
-            x = torch.cat([self.start, x], dim=1)
-        x = self.model.trunk(x, leading + start if start else 0, self.present, self.caches)
-        return self.model.head(x if start else x[:, leading - 1 :]).float()
+        x = self.model.trunk(x, self.start.shape[1] + start, self.present, self.caches)
+        return self.model.head(x).float()
 
     def keep(self, rows: int) -> None:
         self.start = self.start[:rows]

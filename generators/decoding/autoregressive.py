@@ -23,15 +23,17 @@ class Predictor(Protocol):
     With guidance the rows are two halves, of the same tokens: under the condition, and under the null condition.
     """
 
-    def __call__(self, tokens: Tensor, start: int) -> Tensor:
-        """Logits (r, m, v) of what follows each of the tokens (r, m), which stand at start…start + m − 1.
+    def begin(self, tokens: Tensor) -> Tensor:
+        """Read the condition and the first tokens (r, k), of which there may be none. Logits (r, k + 1, v): of the
+        first token, and of what follows each."""
+        ...
 
-        At start 0 the condition goes before them: m + 1 logits, the first ones of the first token; m may be 0 there.
-        """
+    def __call__(self, tokens: Tensor, start: int) -> Tensor:
+        """Logits (r, m, v) of what follows each of the tokens (r, m), which stand at start…start + m − 1."""
         ...
 
     def keep(self, rows: int) -> None:
-        """Forget all rows but the first ones; also before the first call."""
+        """Forget all rows but the first ones; also before `begin`."""
         ...
 
 
@@ -61,16 +63,16 @@ def decode(
     """
     b, n = uniform.shape
     new = torch.empty(b, 0, dtype=torch.int64, device=uniform.device) if given is None else given
-    indices, chances, start = [new], [], 0
+    indices, chances = [new], []
     last_guided = max((i for i, scale in enumerate(scales) if scale != 1), default=-1)
     halves = 2 if last_guided >= 0 else 1
-    for i in range(new.shape[1], n):
+    for i in range(first := new.shape[1], n):
         if halves == 2 and i > last_guided:
             predict.keep(b)
             halves = 1
-        logits = predict(new.repeat(halves, 1), start)[:, -1].float()
+        rows = new.repeat(halves, 1)
+        logits = (predict.begin(rows) if i == first else predict(rows, i - 1))[:, -1].float()
         probabilities = filters(guide(logits, scales[i]) if halves == 2 else logits).softmax(-1)
-        start += new.shape[1]
         new = inverse_cdf(probabilities, uniform[:, i])[:, None]
         indices.append(new)
         chances.append(probabilities.gather(-1, new))
