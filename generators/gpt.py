@@ -10,18 +10,15 @@ length can be generated. Published weights and their names: smalti/published/lla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smalti.generators.base import Condition, Generator, GeneratorOutput, accept_codes, indices_of
-from smalti.generators.decoding import guidance
-from smalti.generators.decoding.autoregressive import Decoded, decode
-from smalti.generators.decoding.choice import uniforms
-from smalti.generators.decoding.filters import Filters
+from smalti.generators.autoregressive import AutoregressiveGenerator, AutoregressiveSampling, cross_entropy
+from smalti.generators.base import Condition, GeneratorOutput, accept_codes, indices_of
 from smalti.layers.attention import CausalAttention
 from smalti.layers.cache import KVCache
 from smalti.layers.drop import DropPath
@@ -34,37 +31,11 @@ from smalti.tokenizers.spec import Tokens, TokenSpec
 
 
 @dataclass(frozen=True)
-class GPTSampling:
-    """How `generate` chooses tokens.
-
-    temperature (0: argmax), top_k, top_p: fields of `Filters`. guidance: scale w of uncond + w · (cond − uncond), 1 is
-    none. guidance_schedule, guidance_power: of `decoding.guidance.scales`. guidance_until: how many of the first tokens
-    are guided, None: all (LlamaGen's cfg_interval is this minus 2).
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    guidance: float = 1.0
-    guidance_schedule: str = "constant"
-    guidance_power: float = 3.0
-    guidance_until: int | None = None
-
-    def __post_init__(self) -> None:
-        self.filters()
-        self.scales(1)
-
-    def filters(self) -> Filters:
-        return Filters(self.temperature, self.top_k, self.top_p)
-
-    def scales(self, n: int) -> list[float]:
-        """The guidance scale of each of n tokens."""
-        return guidance.scales(
-            self.guidance, n, self.guidance_schedule, power=self.guidance_power, until=self.guidance_until
-        )
+class GPTSampling(AutoregressiveSampling):
+    """Its fields, with values that change nothing."""
 
 
-class GPT(Generator):
+class GPT(AutoregressiveGenerator):
     """LlamaGen's GPT. Published sizes (width, depth, heads): B 768, 12, 12; L 1024, 24, 16; XL 1280, 36, 20;
     XXL 1536, 48, 24; 3B 3200, 24, 32.
 
@@ -202,41 +173,13 @@ class GPT(Generator):
             x = block(x, rotary=rotary, mask=mask, cache=None if caches is None else caches[layer], start=start)
         return self.norm(x)
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        condition: Condition,
-        *,
-        seeds: Tensor,
-        length: int | None = None,
-        sampling: Mapping[str, Any] | None = None,
-    ) -> Tokens:
-        n = self.check_length(length)
-        self.check_condition(condition)
-        made = self.sample(condition, uniforms(seeds, (n,), "token"), **(sampling or {})).indices
-        return Tokens.full(None, F.pad(made, (0, self.spec.length - n))).prefix(n)
+    @property
+    def has_null(self) -> bool:
+        return self.label_dropout > 0
 
-    @torch.inference_mode()
-    def sample(self, condition: Condition, uniform: Tensor, *, given: Tensor | None = None, **sampling: Any) -> Decoded:
-        """Sequences by uniform numbers (b, n), one for each token. given: (b, k) first tokens. sampling: fields of
-        `GPTSampling`, instead of those in `self.sampling`."""
-        settings = read_settings(GPTSampling, "sampling", {**asdict(self.sampling), **sampling})
-        device = self.token_embedding.weight.device
-        b, n = uniform.shape
-        scales = settings.scales(n)
-        guided = any(scale != 1 for scale in scales) and not condition.empty
-        if guided and not self.label_dropout:
-            raise ValueError(f"guidance={settings.guidance}: with label_dropout=0 this generator has no null condition")
-        return decode(
-            self.predictor(condition, b, guided=guided),
-            uniform.to(device),
-            filters=settings.filters(),
-            scales=scales if guided else [1.0] * n,
-            given=None if given is None else given.to(device),
-        )
-
-    def predictor(self, condition: Condition, rows: int, *, guided: bool = False) -> GPTPredictor:
-        """Next-token logits of `rows` sequences; guided: of as many more under the null condition, behind them."""
+    def predictor(
+        self, condition: Condition, rows: int, *, guided: bool = False, sampling: AutoregressiveSampling | None = None
+    ) -> GPTPredictor:
         device = self.token_embedding.weight.device
         dropped = None
         if guided:
@@ -386,13 +329,3 @@ def causal_mask(present: Tensor, start: int, m: int) -> Tensor:
     rows = torch.ones(m, end, dtype=torch.bool, device=present.device).tril(start)
     itself = torch.ones(m, end, dtype=torch.bool, device=present.device).triu(start) & rows
     return (rows & columns) | itself
-
-
-def cross_entropy(logits: Tensor, indices: Tensor, lengths: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean over kept tokens, weighted by sample where `weight` (b,) is given; 0 where nothing counts."""
-    b, n = indices.shape
-    losses = F.cross_entropy(logits.flatten(0, 1), indices.flatten(), reduction="none").view(b, n)
-    counts = (torch.arange(n, device=losses.device) < lengths.to(losses.device)[:, None]).to(losses)
-    if weight is not None:
-        counts = counts * weight.to(losses)[:, None]
-    return (losses * counts).sum() / counts.sum().clamp(min=1)
