@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from smalti.errors import UserError, did_you_mean
 
-SOURCES = ("titok", "onedpiece", "flextok", "maskgit")  # published code bases that export.py converts
+SOURCES = ("titok", "onedpiece", "flextok", "maskgit", "rar")  # published code bases that export.py converts
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -24,6 +24,7 @@ _CLASSES: dict[str, str | type] = {
     "patch_vae": "smalti.tokenizers.patch_vae:PatchVAE",
     "gpt": "smalti.generators.gpt:GPT",
     "maskgit": "smalti.generators.maskgit:MaskGIT",
+    "rar": "smalti.generators.rar:RAR",
     "vq": "smalti.tokenizers.quantizers.vq:VectorQuantizer",
     "kl": "smalti.tokenizers.quantizers.kl:GaussianQuantizer",
     "fsq": "smalti.tokenizers.quantizers.fsq:FSQ",

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from smalti.layers.convolution import group_norm
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 from smalti.tokenizers.quantizers.base import Draws, Quantizer
 from smalti.tokenizers.spec import Tokens, TokenSpec
@@ -119,7 +120,7 @@ class PixelEncoder(nn.Module):
             for before, width in zip([channels, *widths[:-1]], widths, strict=True)
         )
         self.mid = nn.Sequential(*(ResidualBlock(widths[-1], widths[-1], shortcut) for _ in range(num_res_blocks)))
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class PixelDecoder(nn.Module):
             Level(before, width, num_res_blocks, shortcut, upsample=index > 0)
             for index, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
-        self.norm_out = _norm(widths[0])
+        self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,9 +173,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         if shortcut not in ("input", "published"):
             raise ValueError(f"shortcut={shortcut!r} is not known; use 'input' or 'published'")
-        self.norm1 = _norm(channels)
+        self.norm1 = group_norm(channels)
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.norm2 = _norm(width)
+        self.norm2 = group_norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.published = shortcut == "published"
         self.same_width = channels == width
@@ -203,9 +204,3 @@ class Level(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.block(x)
         return self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest")) if self.upsample else x
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    if channels % 32:
-        raise ValueError(f"{channels} channels cannot be normalised in 32 groups; make channels a multiple of 32")
-    return nn.GroupNorm(32, channels, eps=1e-6)

@@ -8,6 +8,7 @@ image (b, 3, h, w) in [0, 1] -> conv 5×5 -> stages of (conv 3×3, blur and halv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -154,6 +155,15 @@ LOSSES = {
     "wasserstein": AdversarialLoss(_linear, lambda real, fake: fake.mean() - real.mean()),
 }
 
+# LlamaGen gives its cross-entropies the targets as logits and the logits as targets: −y·log σ(1) − (1 − y)·log σ(−1) of
+# a logit y is 1 + log(1 + 1/e) − y, and of one that is meant to be 0 log 2, whatever it is.
+_ONE = 1 + math.log1p(math.exp(-1))
+_SWAPPED = {
+    "non_saturating": AdversarialLoss(
+        lambda fake: _ONE - fake.mean(), lambda real, fake: 0.5 * (_ONE - real.mean() + math.log(2))
+    )
+}
+
 
 class LeCam(nn.Module):
     """Keeps the discriminator near its own running averages: w · [relu(D(x) − ā_fake)² + relu(ā_real − D(x̂))²].
@@ -195,8 +205,14 @@ class Adversarial(nn.Module):
     """A discriminator, when it acts, and how much it counts.
 
     The tokenizer's term is weight · factor · generator loss, the discriminator's factor · discriminator loss (+ LeCam);
-    both from step `start` on. factor is the published `discriminator_factor`, weight its `discriminator_weight`.
-    loss: "hinge" (TiTok), "vanilla" (VQGAN's other one), "non_saturating", "wasserstein".
+    both from step `start` on (steps count from 0). factor is the published `discriminator_factor`, weight its
+    `discriminator_weight`; LlamaGen's one number for both terms is the factor.
+    loss: "hinge" (TiTok), "vanilla" (VQGAN's other one), "non_saturating", "wasserstein". generator_loss: another one
+    of these for the tokenizer's term; null: the same.
+    swapped_bce: "non_saturating" as LlamaGen's code has it: the discriminator learns nothing from reconstructions.
+    before_start: "off", or "idle": the discriminator runs and its optimizer steps with gradients of 0. Then running
+    averages of its normalisation move, and its optimizer's bias correction is over when it begins: LlamaGen's first
+    updates are 0.45 of the rate for that reason.
     adaptive_weight_max: null for a constant weight (TiTok). A number multiplies the weight by
     |∂(reconstruction + perceptual)/∂W| / (|∂ generator loss/∂W| + 1e-4), W the decoder's last weight, at most that
     number (VQGAN: 1e4); where no gradients are computed (validation) the factor is 0, as published.
@@ -207,16 +223,27 @@ class Adversarial(nn.Module):
         *,
         discriminator: nn.Module,
         loss: str = "hinge",
+        generator_loss: str | None = None,
+        swapped_bce: bool = False,
         weight: float = 0.1,
         factor: float = 1.0,
         start: int = 0,
+        before_start: str = "off",
         lecam: LeCam | None = None,
         adaptive_weight_max: float | None = None,
     ) -> None:
         super().__init__()
         key = "objective.adversarial"
-        if loss not in LOSSES:
-            raise UserError(f"{key}.loss={loss!r} is not one of {', '.join(LOSSES)}{did_you_mean(loss, LOSSES)}")
+        for name, choice, known in (
+            ("loss", loss, LOSSES),
+            ("generator_loss", generator_loss or loss, LOSSES),
+            ("before_start", before_start, ("off", "idle")),
+        ):
+            if choice not in known:
+                hint = did_you_mean(choice, known)
+                raise UserError(f"{key}.{name}={choice!r} is not one of {', '.join(known)}{hint}")
+        if swapped_bce and "non_saturating" not in (loss, generator_loss):
+            raise UserError(f"{key}.swapped_bce=true acts on loss=non_saturating only; set it to false")
         for name, value in {"weight": weight, "factor": factor, "start": start}.items():
             if value < 0:
                 raise UserError(f"{key}.{name}={value} is negative; use 0 or more ({key}=null trains without)")
@@ -224,8 +251,11 @@ class Adversarial(nn.Module):
             raise UserError(
                 f"{key}.adaptive_weight_max={adaptive_weight_max} leaves no weight; use 1e4 as VQGAN does, or null"
             )
-        self.discriminator, self.loss = discriminator, LOSSES[loss]
+        losses = {**LOSSES, **_SWAPPED} if swapped_bce else LOSSES
+        self.discriminator = discriminator
+        self.loss = AdversarialLoss(losses[generator_loss or loss].generator, losses[loss].discriminator)
         self.weight, self.factor, self.start = weight, factor, start
+        self.first_step = 0 if before_start == "idle" else start
         self.lecam = lecam if lecam is not None and lecam.weight > 0 else None
         self.adaptive_weight_max = adaptive_weight_max
         self.statistics: dict[str, Tensor] = {}
@@ -235,11 +265,11 @@ class Adversarial(nn.Module):
         return self.factor if step >= self.start else 0.0
 
     def acts(self, step: int) -> bool:
-        """Whether the discriminator counts, and so is trained, at this step."""
-        return self.factor_at(step) > 0 and self.weight > 0
+        """Whether the discriminator is run and its optimizer steps: from the start on, or from the first step."""
+        return self.factor > 0 and self.weight > 0 and step >= self.first_step
 
     def generator_term(self, reconstruction: Tensor, step: int, rest: Tensor, last_layer: Tensor | None) -> Tensor:
-        """The tokenizer's weighted term; the discriminator gets no gradient, and is not run while it does not count.
+        """The tokenizer's weighted term; the discriminator gets no gradient, and is not run while it does not act.
 
         rest: () the terms that the adaptive weight is measured against.
         """
@@ -261,7 +291,8 @@ class Adversarial(nn.Module):
         """The discriminator's weighted terms; reconstruction is detached here."""
         real, fake = self.discriminator(images.detach()), self.discriminator(reconstruction.detach())
         factor = self.factor_at(step)
-        terms = {"discriminator": factor * self.loss.discriminator(real, fake) if factor > 0 else real.new_zeros(())}
+        counted = self.factor > 0 and step >= self.first_step  # idle: times 0, for gradients of 0
+        terms = {"discriminator": factor * self.loss.discriminator(real, fake) if counted else real.new_zeros(())}
         self.statistics.update(logits_real=real.detach().mean(), logits_fake=fake.detach().mean())
         if self.lecam is not None:
             terms["lecam"] = self.lecam(real, fake)

@@ -19,7 +19,7 @@ from smalti import exports
 from smalti.errors import UserError
 from smalti.instantiate import instantiate
 from smalti.model import Model
-from smalti.published import flextok, maskgit, onedpiece, titok
+from smalti.published import flextok, maskgit, onedpiece, rar, titok
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.flextok import FlexTok
 from smalti.training import checkpoint as checkpoints
@@ -29,6 +29,7 @@ SOURCES: dict[str, Callable[[str, str | None], Model]] = {
     "onedpiece": onedpiece.convert,
     "flextok": flextok.convert,
     "maskgit": maskgit.convert,
+    "rar": rar.convert,
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from smalti.errors import UserError
 from smalti.published.files import config_beside, read_config, read_weights, weights_file
+from smalti.published.names import count
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from smalti.tokenizers.quantizers.base import Quantizer
@@ -249,7 +250,7 @@ def _infer_titok(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any],
     config: dict[str, Any] = {"num_latent_tokens": shapes["latent_tokens"][0]}
     for side, tower in (("enc", "encoder"), ("dec", "decoder")):
         width = shapes[f"{tower}.positional_embedding"][1]
-        depth = _count(shapes, rf"{tower}\.transformer\.(\d+)\.")
+        depth = count(shapes, rf"{tower}\.transformer\.(\d+)\.")
         named = [name for name, size in vit.items() if (size["width"], size["num_layers"]) == (width, depth)]
         if not named:
             named = [f"{width}x{depth}"]
@@ -283,30 +284,23 @@ def _infer_vqgan(shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any],
     vqgan["hidden_channels"] = channels = shapes["encoder.conv_in.weight"][0]
     widths = [
         shapes[f"encoder.down.{level}.block.0.conv1.weight"][0]
-        for level in range(_count(shapes, r"encoder\.down\.(\d+)\."))
+        for level in range(count(shapes, r"encoder\.down\.(\d+)\."))
     ]
     vqgan["channel_mult"] = [width // channels for width in widths]
     return {"vqgan": vqgan, "quantizer": {"num_embeddings": codes, "embedding_dim": dim}}, {}
 
 
 def _infer_decoder(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, Any]:
-    levels = _count(shapes, rf"{re.escape(prefix)}up\.(\d+)\.")
+    levels = count(shapes, rf"{re.escape(prefix)}up\.(\d+)\.")
     widths = [shapes[f"{prefix}up.{level}.block.0.conv1.weight"][0] for level in range(levels)]
     # Channels times a factor: the decoder shows their product only. Any split gives the same decoder.
     channels = min(widths)
     return {
         "channel_mult": [width // channels for width in widths],
         "hidden_channels": channels,
-        "num_res_blocks": _count(shapes, rf"{re.escape(prefix)}mid\.(\d+)\."),
+        "num_res_blocks": count(shapes, rf"{re.escape(prefix)}mid\.(\d+)\."),
         "z_channels": shapes[f"{prefix}conv_in.weight"][1],
     }
-
-
-def _count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    found = {int(match[1]) for match in map(re.compile(pattern).match, shapes) if match}
-    if not found:
-        raise UserError(f"checkpoint is incomplete: no key matches {pattern}; download it again")
-    return max(found) + 1
 
 
 def _side(positions: int) -> int:

@@ -70,6 +70,9 @@ class EMA(nn.Module):
         weight = 1 - self.config.at(count)
         if weight == 1:
             torch._foreach_copy_(self._averaged, self._live)
+        elif self.config.constant:  # LlamaGen's operations: at 0.9999 what each rounds off shows in weights near 1
+            torch._foreach_mul_(self._averaged, self.config.decay)
+            torch._foreach_add_(self._averaged, self._live, alpha=weight)
         elif weight < 0.5:
             torch._foreach_lerp_(self._averaged, self._live, weight)  # one launch for all parameters
         else:  # the first few updates, where lerp takes another formula, which rounds differently

@@ -23,9 +23,9 @@ from smalti.tokenizers.titok import TiTok
 
 # Arguments that a new training may choose anew (and any regularizer, which has no weights); every other one must be
 # that of the export.
-_FREE = {"image_size", "num_latent_tokens", "init", "freeze_encoder"}
+_FREE = {"image_size", "num_latent_tokens", "init", "freeze_encoder", "dropout"}
 _FREE |= {f"quantizer.{name}" for name in ("commitment_weight", "codebook_weight", "ema_decay", "restart_after")}
-_FREE |= {f"quantizer.{name}" for name in ("entropy_weight", "entropy_temperature")}
+_FREE |= {f"quantizer.{name}" for name in ("entropy_weight", "entropy_temperature", "entropy_eps", "init")}
 _FREE |= {f"quantizer.{name}" for name in ("drop_probability", "corrupt_probability", "corrupt_share")}
 _FREE |= {"null_dropout", "activation_checkpointing", "vae.image_size", "vae.sample_posterior"}
 _FREE_SECTIONS = {"regularizer", "noise", "sampling", "repa"}

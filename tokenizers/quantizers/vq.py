@@ -20,14 +20,18 @@ class VectorQuantizer(Quantizer):
     codebook_size: v. dim: d. distance: "euclidean", or "cosine" (latents and codes normalised to length 1, also in the
     losses and in what is returned).
     commitment_weight: of mean((sg(e) − z)²), which moves latents to codes. codebook_weight: of mean((e − sg(z))²),
-    which moves codes to latents. Published: 0.25 and 1 in TiTok; the other way round in MaskGIT-VQGAN.
+    which moves codes to latents. Published: 0.25 and 1 in TiTok and LlamaGen; the other way round in MaskGIT-VQGAN.
+    init: of the codebook, "uniform" in ±1/v, or "unit": these rows brought to length 1 (LlamaGen). Under "cosine" a
+    row's length does not matter for what is computed, but Adam's step does not shrink with it: rows of length 1/v turn
+    right round in their first updates.
 
     The rest is off by default, as published:
     ema_decay: move codes to the running mean of their latents (van den Oord et al., appendix A.1) instead of by
     gradient; a code that nothing chooses stays where it is. 0.99 is usual.
     restart_after: put a code that no latent chose in this many training forwards onto a latent of the batch.
     entropy_weight, entropy_temperature: of mean H(p(·|z)) − H(mean p(·|z)), p = softmax(−distance / temperature): sure
-    choices, evenly used (MAGVIT-v2, arXiv:2310.05737, eq. 5). The mean is over the batch of this process.
+    choices, evenly used (MAGVIT-v2, arXiv:2310.05737, eq. 5). The mean is over the batch of this process. entropy_eps:
+    added to mean p inside its logarithm; LlamaGen's code has 1e-5 there, which counts where codes are many.
 
     The updates of `ema_decay` and `restart_after` use the batches of all processes and happen in training forwards
     with gradients on, nowhere else; each micro-batch of an accumulated step counts as one.
@@ -45,10 +49,12 @@ class VectorQuantizer(Quantizer):
         distance: str = "euclidean",
         commitment_weight: float = 0.25,
         codebook_weight: float = 1.0,
+        init: str = "uniform",
         ema_decay: float | None = None,
         restart_after: int | None = None,
         entropy_weight: float = 0.0,
         entropy_temperature: float = 0.01,
+        entropy_eps: float = 0.0,
     ) -> None:
         super().__init__()
         for name, size in (("codebook_size", codebook_size), ("dim", dim)):
@@ -56,6 +62,8 @@ class VectorQuantizer(Quantizer):
                 raise ValueError(f"{name}={size} is not positive")
         if distance not in ("euclidean", "cosine"):
             raise ValueError(f"distance={distance!r} is not known; use 'euclidean' or 'cosine'")
+        if init not in ("uniform", "unit"):
+            raise ValueError(f"init={init!r} is not known; use 'uniform' or 'unit'")
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(
                 f"ema_decay={ema_decay} is not in [0, 1); use 0.99, or null for a codebook that is trained by gradient"
@@ -64,13 +72,17 @@ class VectorQuantizer(Quantizer):
             raise ValueError(f"restart_after={restart_after} is not positive; use null to never restart codes")
         if entropy_temperature <= 0:
             raise ValueError(f"entropy_temperature={entropy_temperature} is not positive")
+        if entropy_eps < 0:
+            raise ValueError(f"entropy_eps={entropy_eps} is negative")
         self.codebook_size, self.dim, self.input_dim = codebook_size, dim, dim
         self.cosine = distance == "cosine"
         self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
         self.ema_decay, self.restart_after = ema_decay, restart_after
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
+        self.entropy_eps = entropy_eps
 
         values = torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size)
+        values = F.normalize(values, dim=-1) if init == "unit" else values
         self.embedding = nn.Parameter(values, requires_grad=ema_decay is None)
         if ema_decay is not None:
             self.register_buffer("ema_count", torch.ones(codebook_size))
@@ -143,7 +155,7 @@ class VectorQuantizer(Quantizer):
         p = log_p.exp()
         mean = p.mean(0)
         # The bound keeps the gradient finite for codes whose probability underflows to 0.
-        return (mean * mean.clamp(min=1e-20).log()).sum() - (p * log_p).sum(-1).mean()
+        return (mean * (mean + self.entropy_eps).clamp(min=1e-20).log()).sum() - (p * log_p).sum(-1).mean()
 
     @torch.no_grad()
     def _update(self, z: Tensor, indices: Tensor, draws: Draws | None) -> None:
