@@ -23,6 +23,7 @@ _CLASSES: dict[str, str | type] = {
     "klvae": "smalti.tokenizers.klvae:KLVAE",
     "patch_vae": "smalti.tokenizers.patch_vae:PatchVAE",
     "gpt": "smalti.generators.gpt:GPT",
+    "flextok_ar": "smalti.generators.flextok_ar:FlexTokAR",
     "maskgit": "smalti.generators.maskgit:MaskGIT",
     "rar": "smalti.generators.rar:RAR",
     "vq": "smalti.tokenizers.quantizers.vq:VectorQuantizer",
