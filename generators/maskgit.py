@@ -191,6 +191,8 @@ class MaskGIT(Generator):
         self.check_condition(condition)
         length = self.check_length(length)
         settings = read_settings(MaskGITSampling, "sampling", {**asdict(self.sampling), **(sampling or {})})
+        if settings.guidance != 1 and not condition.empty and not self.label_dropout:
+            raise ValueError(f"guidance={settings.guidance}: this generator does not know what no condition is; use 1")
         start = torch.full((len(seeds), self.spec.length), self.v, device=self.head.weight.device)
         draws = SampleDraws(seeds, settings.steps, self.spec.length, start.device)
         decode = self.decoder(self.labels_of(condition, len(seeds), start.device), settings, draws)

@@ -10,7 +10,7 @@ Published weights and their names: smalti/published/rar.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smalti.generators.base import Condition, Generator, GeneratorOutput, accept_codes, indices_of
-from smalti.generators.decoding.autoregressive import Decoded, decode
-from smalti.generators.decoding.choice import uniforms
-from smalti.generators.gpt import GPTSampling
+from smalti.generators.autoregressive import AutoregressiveGenerator, AutoregressiveSampling
+from smalti.generators.base import Condition, GeneratorOutput, accept_codes, indices_of
 from smalti.layers.attention import attend
 from smalti.layers.cache import KVCache
 from smalti.tokenizers.flextok import read_settings
@@ -30,21 +28,22 @@ from smalti.tokenizers.spec import Tokens, TokenSpec
 
 
 @dataclass(frozen=True)
-class RARSampling(GPTSampling):
-    """Fields of `GPTSampling`; the values here are those of RAR-B, which uses neither top-k nor top-p."""
+class RARSampling(AutoregressiveSampling):
+    """Its fields; the values here are those of RAR-B, which uses neither top-k nor top-p."""
 
     guidance: float = 16.0
     guidance_schedule: str = "power_cosine"
     guidance_power: float = 2.75
 
 
-class RAR(Generator):
+class RAR(AutoregressiveGenerator):
     """Published sizes (width, depth, heads, mlp_width): B 768, 24, 16, 3072; L 1024, 24, 16, 4096; XL 1280, 32, 16,
     5120; XXL 1408, 40, 16, 6144.
 
     dropout: of both halves of a block and inside its MLP; attention_dropout: of attention's probabilities.
     label_dropout: how often training hides the label, which guidance needs. anneal_start, anneal_end: in updates; until
-    the first every image's tokens are permuted, from the second on none's. sampling: fields of `RARSampling`.
+    the first every image's tokens are permuted, from the second on none's. sampling: fields of `RARSampling`; the
+    attribute of that name may be changed later.
     activation_checkpointing: compute blocks again in backward instead of keeping what they computed.
     """
 
@@ -178,36 +177,15 @@ class RAR(Generator):
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         return self.head(torch.addcmul(shift, x, 1 + scale)).float()
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        condition: Condition,
-        *,
-        seeds: Tensor,
-        length: int | None = None,
-        sampling: Mapping[str, Any] | None = None,
-    ) -> Tokens:
-        """A prefix of `length` tokens is the first ones of all n. sampling: fields of `RARSampling`, instead of those
-        in `self.sampling`."""
-        self.check_condition(condition)
-        length = self.check_length(length)
-        labels = self.labels_of(condition, len(seeds), self.head.weight.device)
-        made = self.sample(labels, uniforms(seeds, (length,), "token"), **(sampling or {})).indices
-        return Tokens.full(None, F.pad(made, (0, self.spec.length - length))).prefix(length)
+    @property
+    def has_null(self) -> bool:
+        return self.label_dropout > 0
 
-    @torch.inference_mode()
-    def sample(self, labels: Tensor, uniform: Tensor, **sampling: Any) -> Decoded:
-        """Sequences by uniform numbers (b, m), one for each of the first m tokens. labels: (b,), −1 for none."""
-        settings = read_settings(RARSampling, "sampling", {**asdict(self.sampling), **sampling})
-        scales = settings.scales(self.spec.length)[: uniform.shape[1]]
-        guided = any(scale != 1 for scale in scales) and bool((labels >= 0).any())
-        rows = torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels
-        return decode(
-            RARPredictor(self, rows),
-            uniform.to(labels.device),
-            filters=settings.filters(),
-            scales=scales if guided else [1.0] * len(scales),
-        )
+    def predictor(
+        self, condition: Condition, rows: int, *, guided: bool = False, sampling: AutoregressiveSampling | None = None
+    ) -> RARPredictor:
+        labels = self.labels_of(condition, rows, self.head.weight.device)
+        return RARPredictor(self, torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels)
 
 
 def choose_orders(uniform: Tensor, permutations: Tensor, ratio: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smalti.generators.base import Condition, GeneratorOutput
 from smalti.generators.decoding.autoregressive import decode
-from smalti.generators.rar import RAR, RARPredictor
+from smalti.generators.rar import RAR
 from smalti.published.rar import TABLES, build_generator, load_published, published_name, to_published
 from smalti.tokenizers.spec import Tokens
 from smalti.training.optim import split_by_decay
@@ -123,7 +123,7 @@ def test_samples_are_the_published_ones_with_and_without_a_cache(case: Any) -> N
     # There, the scales of the schedule are noted also where a scale of 0 switches guidance off.
     noted = replace(settings, guidance=case.config["model"]["generator"]["guidance_scale"])
     case.compare("cfg_scale", torch.tensor(noted.scales(uniform.shape[1])))
-    rows = torch.cat([labels, torch.full_like(labels, -1)]) if guided else labels
+    cached = model.predictor(Condition(labels), len(labels), guided=guided)
     for name in ("cached", "uncached"):
         seen: list[Tensor] = []
 
@@ -131,12 +131,12 @@ def test_samples_are_the_published_ones_with_and_without_a_cache(case: Any) -> N
             seen.append(settings.filters()(logits))
             return seen[-1]
 
-        predictor = RARPredictor(model, rows) if name == "cached" else Uncached(model, rows)
+        predictor = cached if name == "cached" else Uncached(model, cached.labels)
         made = decode(predictor, uniform, filters=filters, scales=scales).indices
         assert torch.equal(made, case.outputs[f"ids_{name}"])
         case.compare(f"logits_{name}", torch.stack(seen))
-    assert torch.equal(model.sample(labels, uniform, temperature=0.0).indices, case.outputs["ids_greedy"])
-    assert torch.equal(model.sample(labels, uniform).indices, case.outputs["ids_cached"])
+    assert torch.equal(model.sample(Condition(labels), uniform, temperature=0.0).indices, case.outputs["ids_greedy"])
+    assert torch.equal(model.sample(Condition(labels), uniform).indices, case.outputs["ids_cached"])
 
 
 class Uncached:
