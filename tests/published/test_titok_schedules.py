@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from smalti.published import maskgit, rar
 from smalti.published.titok import build_tokenizer, published_name
 from smalti.published.titok_objective import objective_from_config, published_names
 from smalti.training.ema import EMA, EMAConfig
@@ -88,7 +89,7 @@ def groups_of(module: nn.Module, names: dict[str, str]) -> dict[str, list[str]]:
 @pytest.mark.family("titok-param-groups")
 def test_the_same_parameters_are_decayed_as_in_the_published_code(case):
     models = {name: entry for name, entry in case.config.items() if entry["class"] == "TiTok"}
-    assert models, "TA-TiTok and the generators wait"
+    assert models, "TA-TiTok waits"
     for name, entry in models.items():
         expected, config = case.table[name], entry["config"]
         tokenizer = build_tokenizer(config, case.size_overrides)
@@ -113,6 +114,28 @@ def test_the_same_parameters_are_decayed_as_in_the_published_code(case):
             expected["not_optimized"] = [n for n in expected["not_optimized"] if not n.startswith("perceptual_loss.")]
             found["not_optimized"] = [n for n in found["not_optimized"] if not n.startswith("perceptual_loss.")]
             assert found == {group: expected[group] for group in found}, f"{name}.loss_module"
+
+
+@pytest.mark.family("titok-param-groups")
+def test_the_same_parameters_of_generators_are_decayed_as_in_the_published_code(case):
+    published = {"ImageBert": maskgit, "UViTBert": maskgit, "RAR": rar}
+    models = {name: entry for name, entry in case.config.items() if entry["class"] in published}
+    assert models, "MaskGen waits"
+    for name, entry in models.items():
+        expected, code = case.table[name], published[entry["class"]]
+        model = code.build_generator(entry["config"])
+        state = code.to_published(model)
+        assert {key: list(tensor.shape) for key, tensor in state.items()} == expected["shapes"], name
+        found = {}
+        for group, members in zip(("no_decay", "decay"), split_by_decay(model.named_parameters()), strict=True):
+            # One of our tensors may be several of theirs.
+            marked = {key: torch.full_like(tensor, key in members) for key, tensor in model.state_dict().items()}
+            found[group] = sorted(key for key, tensor in code.to_published(model, marked).items() if tensor.any())
+        assert found == {group: expected[group] for group in found} and not expected["not_optimized"], name
+        optim = optim_config({"lr_scheduler": NO_SCHEDULE, "training": {}, **entry["config"]})
+        groups = build_optimizer(model, optim, optim.lr).param_groups
+        assert [group["weight_decay"] for group in groups] == [0.0, expected["weight_decay"]]
+        assert all(list(g["betas"]) == expected["betas"] and g["eps"] == expected["eps"] for g in groups)
 
 
 NO_SCHEDULE = {"scheduler": "constant", "params": {"learning_rate": 1.0, "warmup_steps": 0, "end_lr": 0.0}}
