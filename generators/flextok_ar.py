@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -164,10 +164,10 @@ class FlexTokAR(AutoregressiveGenerator):
 
         indices: (b, n), of which the last one is not read. dropped: (b,) bool, where the condition is hidden.
         """
-        x = self.embed(indices[:, :-1], self.labels_of(condition, len(indices), dropped))
+        x = self.embed(indices[:, :-1], self.classes_of(condition, len(indices), dropped))
         text = self.text_of(condition, len(indices), dropped)
-        for block in self.blocks:
-            x = block(x, None if text is None else block.read(*text))
+        for block, read in zip(self.blocks, self.read(text), strict=True):
+            x = block(x, read)
         return self.head(self.norm(x)).float()
 
     def embed(self, indices: Tensor, labels: Tensor) -> Tensor:
@@ -178,24 +178,18 @@ class FlexTokAR(AutoregressiveGenerator):
             start = start + given[:, None]
         return torch.cat([start, self.token_embedding(indices)], 1) + self.positions[: indices.shape[1] + 1]
 
-    def labels_of(self, condition: Condition, rows: int, dropped: Tensor | None) -> Tensor:
-        """(rows,) classes, −1 for none. Raises ValueError for a class that the table does not have."""
-        device = self.start.device
-        labels = condition.labels
-        if labels is None:
-            return torch.full((rows,), -1, device=device)
+    def classes_of(self, condition: Condition, rows: int, dropped: Tensor | None) -> Tensor:
+        """(rows,) classes, −1 for none."""
         if self.text_dim is not None:
-            raise ValueError("labels given, but this generator takes text features")
-        labels = labels.to(device, non_blocking=True)
-        if self.num_classes and device.type == "cpu" and rows and int(labels.max()) >= self.num_classes:
-            raise ValueError(f"label {int(labels.max())}: this generator knows 0 to {self.num_classes - 1}")
+            if condition.labels is not None:
+                raise ValueError("labels given, but this generator takes text features")
+            return torch.full((rows,), -1, device=self.start.device)
+        labels = self.labels_of(condition, rows, self.start.device)
         return labels if dropped is None else labels.masked_fill(dropped, -1)
 
     def text_of(self, condition: Condition, rows: int, dropped: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
         """(rows, l, width) to attend to and (rows, 1, 1, l) bool, true where there is text (None: everywhere)."""
         if self.text_dim is None:
-            if condition.features is not None:
-                raise ValueError("text features given, but this generator takes classes")
             return None
         null = self.null_text
         if condition.features is None:
@@ -212,6 +206,10 @@ class FlexTokAR(AutoregressiveGenerator):
             mask = torch.where(dropped[:, None], torch.arange(length, device=null.device) < len(null), mask)
         return self.text(features), mask[:, None, None]
 
+    def read(self, text: tuple[Tensor, Tensor | None] | None) -> list[Read | None]:
+        """What each block attends to of `text_of`."""
+        return [None if text is None else cast(Block, block).cross.read(*text) for block in self.blocks]
+
     def predictor(
         self, condition: Condition, rows: int, *, guided: bool = False, sampling: AutoregressiveSampling | None = None
     ) -> FlexTokARPredictor:
@@ -222,7 +220,7 @@ class FlexTokAR(AutoregressiveGenerator):
             condition = condition.repeat(2)
             dropped = torch.arange(2 * rows, device=self.start.device) >= rows
             rows *= 2
-        labels, text = self.labels_of(condition, rows, dropped), self.text_of(condition, rows, dropped)
+        labels, text = self.classes_of(condition, rows, dropped), self.text_of(condition, rows, dropped)
         later = labels.clamp(min=0) if guided and settings.null_class == "first" and text is None else None
         return FlexTokARPredictor(self, labels, text, later)
 
@@ -241,7 +239,7 @@ class FlexTokARPredictor:
         later_labels: Tensor | None = None,
     ) -> None:
         self.model, self.labels, self.later_labels = model, labels, later_labels
-        self.read = [None if text is None else block.read(*text) for block in model.blocks]
+        self.read = model.read(text)
         self.caches = [KVCache(model.spec.length) for _ in model.blocks]
         self.first = torch.empty(0)
 
@@ -313,9 +311,6 @@ class Block(nn.Module):
         if cross is not None:
             self.norm_2, self.cross = nn.LayerNorm(width, bias=False), cross
         self.norm_3, self.mlp = nn.LayerNorm(width, bias=False), mlp
-
-    def read(self, text: Tensor, mask: Tensor | None) -> Read:
-        return self.cross.read(text, mask)
 
     def forward(self, x: Tensor, read: Read | None, cache: KVCache | None = None, start: int = 0) -> Tensor:
         """x: (b, m, width), rows start…start + m − 1 of a sequence whose earlier ones `cache` holds."""

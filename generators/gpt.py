@@ -145,10 +145,17 @@ class GPT(AutoregressiveGenerator):
 
         indices: (b, n), of which the last one is not read. dropped: (b,) bool, where the condition is hidden.
         """
-        start, present = self.condition(condition, len(indices), dropped, self.token_embedding.weight.device)
+        start, present = self.begin(condition, len(indices), dropped)
         x = torch.cat([start, self.embed(indices[:, :-1], 0)], dim=1)
         x = self.trunk(x, 0, present)[:, start.shape[1] - 1 :]
         return self.head(x).float()
+
+    def begin(self, condition: Condition, rows: int, dropped: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The condition's tokens (rows, c, width), and which of them may be attended to, (rows, c) bool; None: all."""
+        if isinstance(self.condition, TextCondition):
+            return self.condition(condition, rows, dropped)
+        labels = self.labels_of(condition, rows, self.token_embedding.weight.device)
+        return self.condition(labels, dropped), None
 
     def embed(self, indices: Tensor, start: int) -> Tensor:
         """Tokens (b, m) that stand at start…start + m − 1, as (b, m, width)."""
@@ -180,12 +187,10 @@ class GPT(AutoregressiveGenerator):
     def predictor(
         self, condition: Condition, rows: int, *, guided: bool = False, sampling: AutoregressiveSampling | None = None
     ) -> GPTPredictor:
-        device = self.token_embedding.weight.device
-        dropped = None
-        if guided:
-            condition = condition.repeat(2)
-            dropped = torch.arange(2 * rows, device=device) >= rows
-        return GPTPredictor(self, *self.condition(condition, 2 * rows if guided else rows, dropped, device))
+        if not guided:
+            return GPTPredictor(self, *self.begin(condition, rows))
+        dropped = torch.arange(2 * rows, device=self.token_embedding.weight.device) >= rows
+        return GPTPredictor(self, *self.begin(condition.repeat(2), 2 * rows, dropped))
 
 
 class GPTPredictor:
@@ -248,25 +253,14 @@ class ClassCondition(nn.Module):
         self.num_classes, self.null = num_classes or 0, null
         self.embedding = nn.Embedding(self.num_classes + null, width)
 
-    def forward(
-        self, condition: Condition, rows: int, dropped: Tensor | None, device: torch.device
-    ) -> tuple[Tensor, None]:
-        """(rows, 1, width), and None: it is there always. Raises ValueError for a label that the table does not have,
-        and where no class is asked for but none was ever hidden in training."""
-        if condition.features is not None:
-            raise ValueError("text features given, but this generator takes classes")
-        if condition.labels is None or not self.num_classes:
-            labels = torch.full((rows,), -1, device=device)
-        else:
-            labels = condition.labels.to(device, non_blocking=True)
+    def forward(self, labels: Tensor, dropped: Tensor | None) -> Tensor:
+        """labels: (rows,), −1 for no class; returns (rows, 1, width). Raises ValueError on CPUs where there is none but
+        none was ever hidden in training (elsewhere looking would make the host wait)."""
         if dropped is not None:
             labels = labels.masked_fill(dropped, -1)
-        if device.type == "cpu" and labels.numel():  # elsewhere looking would make the host wait
-            if int(labels.max()) >= self.num_classes:
-                raise ValueError(f"label {int(labels.max())}: this generator knows 0 to {self.num_classes - 1}")
-            if not self.null and int(labels.min()) < 0:
-                raise ValueError("no label, but with label_dropout=0 this generator was never trained without one")
-        return self.embedding(labels.where(labels >= 0, self.num_classes))[:, None], None
+        if not self.null and labels.device.type == "cpu" and bool((labels < 0).any()):
+            raise ValueError("no label, but with label_dropout=0 this generator was never trained without one")
+        return self.embedding(labels.where(labels >= 0, self.num_classes))[:, None]
 
 
 class TextCondition(nn.Module):
@@ -284,9 +278,7 @@ class TextCondition(nn.Module):
         else:
             self.register_buffer("null", null)
 
-    def forward(
-        self, condition: Condition, rows: int, dropped: Tensor | None, device: torch.device
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, condition: Condition, rows: int, dropped: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(rows, length, width), and (rows, length) bool, true where there is text; None: everywhere.
 
         A text that is hidden keeps its own mask, as published.
@@ -295,15 +287,15 @@ class TextCondition(nn.Module):
             raise ValueError("labels given, but this generator takes text features")
         if condition.features is None:
             return self.mlp(self.null.expand(rows, -1, -1)), None
-        features, present = self.padded(condition, device)
+        features, present = self.padded(condition)
         if dropped is not None:
             features = torch.where(dropped[:, None, None], self.null, features)
         return self.mlp(features), present
 
-    def padded(self, condition: Condition, device: torch.device) -> tuple[Tensor, Tensor]:
+    def padded(self, condition: Condition) -> tuple[Tensor, Tensor]:
         """Features (b, length, dim), the real ones last and in their order, the others 0; and which are real."""
         assert condition.features is not None
-        features = condition.features.to(device, self.null.dtype)
+        features = condition.features.to(self.null)
         b, count, dim = features.shape
         if count > self.length or dim != self.null.shape[1]:
             raise ValueError(
@@ -312,7 +304,7 @@ class TextCondition(nn.Module):
             )
         given = condition.mask
         mask = torch.ones(b, count, dtype=torch.bool) if given is None else given.bool()
-        mask = mask.to(device)
+        mask = mask.to(features.device)
         order = mask.int().argsort(dim=1, stable=True)
         mask = mask.gather(1, order)
         features = features.gather(1, order[..., None].expand(-1, -1, dim)) * mask[..., None]

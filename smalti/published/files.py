@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +34,38 @@ def weights_file(checkpoint: Path) -> Path:
     )
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path, roots: Sequence[str] = ("state_dict", "model")) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of one that torch saved; floating point as float32.
 
-    Pickled objects in it are refused, never run.
+    roots: names under which a file may hold them beside others, in order of preference. Raises UserError.
     """
+    return tensors_of(read_content(file), file, roots)
+
+
+def read_content(file: Path) -> dict[str, Any]:
+    """All that a file holds. Pickled objects are refused, never run; of settings that argparse read, which some
+    trainings save beside, only the values are."""
     try:
         if file.suffix == ".safetensors":
-            content = load_file(file)
+            content: Any = load_file(file)
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"checkpoint={file} is no file of tensors: it holds pickled objects, which are never run, or it is damaged"
         ) from error
     except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
         raise UserError(f"checkpoint={file} cannot be read ({reason(error)}); download it again") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
+    return content if isinstance(content, dict) else {}
+
+
+def tensors_of(content: Mapping[str, Any], file: Path, roots: Sequence[str]) -> dict[str, Tensor]:
+    """The weights in a file's content, see `read_weights`."""
+    for key in roots:
+        if isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"checkpoint={file} is no dictionary of tensors; give the weights file of the published model")
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in content.items()}
 

@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from smalti.errors import UserError
@@ -30,7 +27,8 @@ from smalti.generators.gpt import GPT
 from smalti.layers.mlp import llama_hidden
 from smalti.model import Model
 from smalti.published import llamagen_vq
-from smalti.published.files import config_beside, read_config, reason
+from smalti.published.files import config_beside, read_config, read_content, tensors_of, weights_file
+from smalti.published.names import check_shapes, count
 from smalti.tokenizers.spec import TokenSpec
 
 State = dict[str, Tensor]
@@ -55,6 +53,7 @@ DEFAULTS: dict[str, Any] = {  # of the published ModelArgs
     "num_classes": 1000, "caption_dim": 2048, "class_dropout_prob": 0.1, "model_type": "c2i", "vocab_size": 16384,
     "cls_token_num": 1, "block_size": 256,
 }  # fmt: skip
+_ROOTS = ("model", "module", "state_dict")  # under which a file may hold its weights
 CODE_DIM = 8  # channels of a code in all published tokenizers
 
 _NAMES = (  # published, ours; parts of names, in this order
@@ -97,16 +96,9 @@ def to_published(state: Mapping[str, Tensor]) -> State:
 
 def load_published(model: GPT, state: Mapping[str, Tensor]) -> None:
     """Copy published weights into a model; raises UserError naming the first key that does not fit."""
-    own = model.state_dict()
-    places = to_published(own)  # views of the model's own tensors
+    places = to_published(model.state_dict())  # views of the model's own tensors
     given = {name: tensor for name, tensor in state.items() if not _DROPPED.fullmatch(name)}
-    for name in sorted(places.keys() | given.keys()):
-        mine, theirs = (tuple(found[name].shape) if name in found else None for found in (places, given))
-        if mine != theirs:
-            raise UserError(
-                f"checkpoint does not fit its config: {name} is {theirs or 'missing'} in the file and "
-                f"{mine or 'missing'} in the model; give the config that belongs to this checkpoint"
-            )
+    check_shapes(places, given)
     with torch.no_grad():
         for name, place in places.items():
             place.copy_(given[name])
@@ -185,15 +177,17 @@ def convert(checkpoint: str | Path, config: str | Path | None = None) -> Model:
 
     config: a .json or .yaml with the keys of the published ModelArgs, where the file does not tell. Raises UserError.
     """
-    path = Path(checkpoint)
-    file = _weights_file(path)
-    content, arguments = read_checkpoint(file)
+    path = Path(checkpoint).expanduser()
+    file = path / "consolidated.pth" if (path / "consolidated.pth").is_file() else weights_file(path)
+    content = read_content(file)
     found = Path(config) if config is not None else config_beside(file)
     given = {} if found is None else read_config(found)
-    if llamagen_vq.is_vq(content.get("ema", content["model"])):
-        return llamagen_vq.convert(content.get("ema", content["model"]), path, given or None)
-    state = content["model"]
-    inferred, hidden, downsample = infer(state, path, {**arguments, **given})
+    if llamagen_vq.is_vq(next((content[root] for root in _ROOTS if isinstance(content.get(root), dict)), content)):
+        return llamagen_vq.convert(tensors_of(content, file, ("ema", *_ROOTS)), path, given)
+    state = tensors_of(content, file, _ROOTS)  # of GPTs the live weights were released, not the averaged ones
+    state = {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+    trained = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
+    inferred, hidden, downsample = infer(state, path, {**trained, **given})
     sampling, metadata = _known(inferred, downsample, path)
     try:
         model = build_generator(inferred, hidden=hidden, downsample=downsample, sampling=sampling)
@@ -202,49 +196,6 @@ def convert(checkpoint: str | Path, config: str | Path | None = None) -> Model:
     load_published(model, state)
     model.metadata = metadata
     return model.eval()
-
-
-def _weights_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    for name in ("consolidated.pth", "model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name
-    missing = "does not exist" if not path.is_dir() else "holds no consolidated.pth and no model.safetensors"
-    raise UserError(f"checkpoint={path} {missing}; give a published file or folder")
-
-
-def read_checkpoint(file: Path) -> tuple[dict[str, State], dict[str, Any]]:
-    """{"model": weights, "ema": averaged ones where there are} of a file, floating point as float32; and the arguments
-    of the published training where it holds them. Pickled objects but those arguments' plain container are refused."""
-    try:
-        if file.suffix == ".safetensors":
-            content: Any = load_file(file)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint={file} is no file of tensors: it holds pickled objects, which are never run, or it is damaged"
-        ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
-        raise UserError(f"checkpoint={file} cannot be read ({reason(error)}); download it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint={file} is no dictionary of tensors; give the weights file of the published model")
-    arguments = vars(content["args"]) if isinstance(content.get("args"), argparse.Namespace) else {}
-    roots = {
-        key: content[key] for key in ("model", "module", "state_dict", "ema") if isinstance(content.get(key), dict)
-    }
-    weights = next((roots[key] for key in ("model", "module", "state_dict", "ema") if key in roots), content)
-    states = {"model": weights, **({"ema": roots["ema"]} if "ema" in roots else {})}
-    return {name: _tensors(state, file) for name, state in states.items()}, arguments
-
-
-def _tensors(state: Mapping[str, Any], file: Path) -> State:
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"checkpoint={file} is no dictionary of tensors; give the weights file of the published model")
-    plain = {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in plain.items()}
 
 
 def infer(state: Mapping[str, Tensor], path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], int, int]:
@@ -259,7 +210,7 @@ def infer(state: Mapping[str, Tensor], path: Path, given: Mapping[str, Any]) -> 
         qkv = shapes["layers.0.attention.wqkv.weight"][0]
     except KeyError as error:
         raise UserError(f"checkpoint={path} is neither a GPT nor a VQ-GAN of LlamaGen: it has no {error}") from error
-    depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("layers."))
+    depth = count(shapes, r"layers\.(\d+)\.")
     known = SIZES.get(given.get("gpt_model", ""), {})
     heads = given.get("n_head", known.get("n_head")) or next(
         (size["n_head"] for size in SIZES.values() if (size["dim"], size["n_layer"]) == (width, depth)), None

@@ -107,7 +107,7 @@ def test_training_passes_have_the_published_logits_loss_and_gradients(case: Any)
 def test_evaluation_passes_have_the_published_logits_at_every_position(case: Any) -> None:
     model, inputs = model_of(case).eval(), case.inputs
     seen = watch(model)
-    start, present = model.condition(condition_of(case), len(inputs["idx"]), None, torch.device("cpu"))
+    start, present = model.begin(condition_of(case), len(inputs["idx"]))
     hidden = model.trunk(torch.cat([start, model.embed(inputs["idx"], 0)], dim=1), 0, present)
     case.compare("logits", model.head(hidden))
     for name in case.names("hidden/"):
