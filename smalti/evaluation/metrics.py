@@ -161,21 +161,37 @@ def frechet_distance(real: FeatureMoments, fake: FeatureMoments) -> float:
 
 
 class InceptionScore(Sums):
-    """exp(mean KL(p(y|x) || p(y))) without splits, as published."""
+    """exp(mean KL(p(y|x) || p(y))), over all images at once as 1d-tokenizer has it, or the mean over splits of them.
 
-    def __init__(self, classes: int) -> None:
-        super().__init__(probabilities=(classes,), negative_entropy=(), count=())
+    split_size, images: ADM takes consecutive splits of 5,000 in the order of the samples' numbers; a last, shorter one
+    counts as much as any other.
+    """
 
-    def update(self, logits: Tensor) -> None:
-        """logits: (b, classes), without the bias in the published protocol."""
+    def __init__(self, classes: int, *, split_size: int | None = None, images: int | None = None) -> None:
+        if (split_size is None) != (images is None):
+            raise ValueError("split_size and images go together: they say how many splits there are")
+        self.split_size = split_size
+        splits = 1 if split_size is None or images is None else -(-images // split_size)
+        super().__init__(probabilities=(splits, classes), negative_entropy=(splits,), count=(splits,))
+
+    def update(self, logits: Tensor, numbers: Tensor | None = None) -> None:
+        """logits: (b, classes), without the bias in the published protocol. numbers: (b,) int64 of the samples, where
+        there are splits."""
         p = logits.detach().cpu().double().softmax(-1)
-        self.add(probabilities=p.sum(0), negative_entropy=(p * torch.log(p + SCORE_EPS)).sum(), count=len(p))
+        split = torch.zeros(len(p), dtype=torch.int64)
+        if self.split_size is not None:
+            assert numbers is not None
+            split = numbers.cpu() // self.split_size
+        entropy = (p * torch.log(p + SCORE_EPS)).sum(-1)
+        for name, values in (("probabilities", p), ("negative_entropy", entropy), ("count", torch.ones(len(p)))):
+            self.sums[name].index_add_(0, split, values.double())
 
     def compute(self) -> float:
-        """The score, at least 1; NaN of nothing."""
+        """The score, at least 1; NaN of nothing, or where a split has no image."""
         count = self.sums["count"]
-        mean = self.sums["probabilities"] / count
-        return torch.exp(self.sums["negative_entropy"] / count - (mean * torch.log(mean + SCORE_EPS)).sum()).item()
+        mean = self.sums["probabilities"] / count[:, None]
+        divergence = self.sums["negative_entropy"] / count - (mean * torch.log(mean + SCORE_EPS)).sum(-1)
+        return divergence.exp().mean().item()
 
 
 class FeatureExtractor(Protocol):

@@ -45,3 +45,22 @@ def test_draws_depend_on_seed_epoch_and_sample_alone():
 def test_half_of_the_images_are_flipped():
     flips = np.array([augment.draw(0, epoch, n).flip for epoch in range(20) for n in range(100)])
     assert abs((flips < 0.5).mean() - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("size", [24, 64, 256])
+def test_adms_random_crop_shows_at_least_four_fifths_of_the_shorter_side(size):
+    low, high = augment.adm_lengths(size)
+    assert low == size and size / (high - 1) >= 0.8 - 0.5 / size
+    image = picture(3, 90, 120)
+    draws = [augment.draw(0, 0, n) for n in range(2000)]
+    lengths = {low + int(one.scale * (high - low)) for one in draws}
+    assert lengths >= set(range(low, high)) or high - low > 50
+    assert min(lengths) >= low and max(lengths) < high
+    assert augment.adm_random_crop(image, size, draws[0]).shape == (size, size, 3)
+
+
+def test_ten_crops_are_torchvisions():
+    image = picture(4, 30, 41)
+    theirs = published.ten_crop(Image.fromarray(image), 20)
+    for ours, crop in zip(augment.ten_crops(image, 20), theirs, strict=True):
+        assert np.array_equal(ours, np.asarray(crop))

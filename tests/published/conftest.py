@@ -46,9 +46,9 @@ class Case:
         return self.meta["config"]
 
     def says(self, key: str) -> Any:
-        """A value that tells cases of a family apart: of fixture.json, else of its config's `run`."""
-        run = self.meta["config"].get("run") if isinstance(self.meta.get("config"), dict) else None
-        return self.meta.get(key, (run or {}).get(key))
+        """A value that tells cases of a family apart: of fixture.json, else of its config's `run`, or of the config."""
+        config = self.meta["config"] if isinstance(self.meta.get("config"), dict) else {}
+        return self.meta.get(key, (config.get("run") or {}).get(key, config.get(key)))
 
     @property
     def size_overrides(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def fixture_folders(option: str | None) -> list[Path]:
 def cases(family: str, folders: list[Path], **wanted: Any) -> list[Case]:
     """The cases of a family in `folders`, by name, each once.
 
-    `wanted` values select among them: of fixture.json, or of its config's `run`.
+    `wanted` values select among them, as `Case.says` finds them.
     """
     found: dict[str, Path] = {}
     for folder in folders:
