@@ -81,7 +81,8 @@ class AutoregressiveGenerator(Generator):
     ) -> Tokens:
         n = self.check_length(length)
         self.check_condition(condition)
-        made = self.sample(condition, uniforms(seeds, (n,), "token"), **(sampling or {})).indices
+        uniform = uniforms(seeds, (self.spec.length,), "token")[:, :n]  # so that a prefix is the first tokens of all
+        made = self.sample(condition, uniform, **(sampling or {})).indices
         return Tokens.full(None, F.pad(made, (0, self.spec.length - n))).prefix(n)
 
     @torch.inference_mode()
@@ -91,7 +92,7 @@ class AutoregressiveGenerator(Generator):
         settings = read_settings(type(self.sampling), "sampling", {**asdict(self.sampling), **sampling})
         device = next(self.parameters()).device
         b, n = uniform.shape
-        scales = settings.scales(self.spec.length)[:n]  # so that a prefix is the first tokens of all
+        scales = settings.scales(self.spec.length)[:n]
         guided = any(scale != 1 for scale in scales) and not condition.empty
         if guided and not self.has_null:
             raise ValueError(f"guidance={settings.guidance}: this generator does not know what no condition is; use 1")

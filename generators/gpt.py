@@ -94,12 +94,6 @@ class GPT(AutoregressiveGenerator):
         else:
             self.condition = TextCondition(text_dim, text_length, width, learned=null_text == "learned")
         self.token_embedding = nn.Embedding(codes, width)
-        self.rotary: Rotary | None = None
-        if positions == "rope":
-            grid = self.spec.grid or (self.spec.length,)
-            self.rotary = Rotary(width // heads, grid, self.condition.length, condition_rope, rope_base)
-        else:
-            self.position_embedding = nn.Embedding(self.spec.length, width)
         self.dropout = nn.Dropout(token_dropout)
         rates = [drop_path * layer / max(depth - 1, 1) for layer in range(depth)]
         self.blocks = nn.ModuleList(
@@ -113,6 +107,12 @@ class GPT(AutoregressiveGenerator):
             )
             for rate in rates
         )
+        self.rotary: Rotary | None = None
+        if positions == "rope":
+            grid = self.spec.grid or (self.spec.length,)
+            self.rotary = Rotary(width // heads, grid, self.condition.length, condition_rope, rope_base)
+        else:
+            self.position_embedding = nn.Embedding(self.spec.length, width)
         self.norm = RMSNorm(width, norm_eps)
         self.head = nn.Linear(width, codes, bias=False)
         self.reset_parameters()
