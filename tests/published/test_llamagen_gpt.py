@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smalti.generators.base import Condition
 from smalti.generators.gpt import GPT
+from smalti.objectives.discriminators import PatchGAN, StyleGANDiscriminator
 from smalti.published.llamagen import (
     SIZES,
     build_generator,
@@ -19,6 +20,7 @@ from smalti.published.llamagen import (
     sampling_from_published,
     to_published,
 )
+from smalti.published.llamagen_vq import build_tokenizer
 from smalti.tokenizers.spec import Tokens
 
 
@@ -156,7 +158,7 @@ def test_sampling_gives_the_published_distributions_and_tokens(case: Any) -> Non
 
 
 @pytest.mark.family("llamagen-stats")
-def test_published_sizes_have_the_published_parameters_and_multiplications(case: Any) -> None:
+def test_published_gpts_have_the_published_parameters_and_multiplications(case: Any) -> None:
     for entry in case.config["gpt"]:
         name = entry["name"]
         config = {**SIZES[entry["gpt_model"]], **entry["kwargs"]}
@@ -187,3 +189,45 @@ def multiplications(model: GPT, leading: int) -> int:
     with FlopCounterMode(display=False) as counter:
         model.logits(torch.zeros(1, n, dtype=torch.int64, device="meta"), condition)
     return counter.get_total_flops() + 2 * (leading - 1) * width * v
+
+
+# Of the published `ModelArgs`, and by name.
+VQ_DEFAULTS = {
+    "codebook_l2_norm": True, "commit_loss_beta": 0.25, "entropy_loss_ratio": 0.0, "z_channels": 256, "dropout_p": 0.0,
+}  # fmt: skip
+VQ_LEVELS = {"VQ-16": [1, 1, 2, 2, 4], "VQ-8": [1, 2, 2, 4]}
+
+
+@pytest.mark.family("llamagen-stats")
+def test_published_tokenizers_have_the_published_parameters_and_multiplications(case: Any) -> None:
+    for entry in case.config["vq"]:
+        name, levels = entry["name"], VQ_LEVELS[entry["vq_model"]]
+        config = {**VQ_DEFAULTS, "encoder_ch_mult": levels, "decoder_ch_mult": levels, **entry["kwargs"]}
+        with torch.device("meta"):
+            model = build_tokenizer(config, image_size=entry["flops"])
+            images = torch.zeros(1, 3, entry["flops"], entry["flops"])
+        for part, module in {
+            "total": model, "encoder": model.encoder, "decoder": model.decoder, "codebook": model.quantizer,
+        }.items():  # fmt: skip
+            count = sum(parameter.numel() for parameter in module.parameters())
+            assert count == int(case.outputs[f"params/{name}/{part}"]), f"{name} {part}"
+        with FlopCounterMode(display=False) as encoding:
+            latents = model.features(images)
+        with FlopCounterMode(display=False) as decoding:
+            model.pixels(latents)
+        for what, counter in (("encode", encoding), ("decode", decoding)):
+            published, tolerance = int(case.outputs[f"flops_{what}/{name}"]), case.meta["tolerance"]["flops_rtol"]
+            assert counter.get_total_flops() == pytest.approx(published, rel=tolerance), f"{name} {what}"
+
+
+@pytest.mark.family("llamagen-stats")
+def test_published_discriminators_have_the_published_parameters(case: Any) -> None:
+    for entry in case.config["disc"]:
+        options = entry["kwargs"]
+        model = (
+            PatchGAN(channels=options["ndf"], num_layers=options["n_layers"])
+            if entry["disc_type"] == "patchgan"
+            else StyleGANDiscriminator(image_size=options["image_size"])
+        )
+        count = sum(parameter.numel() for parameter in model.parameters())
+        assert count == int(case.outputs[f"params/{entry['name']}/total"]), entry["name"]
