@@ -130,6 +130,25 @@ def depths(encoder: int, decoder: int) -> dict[str, Any]:
     }
 
 
+VQGAN = {  # llamagen fact sheet (FoundationVision/LlamaGen@ce98ec4), sections 3.1 to 3.4
+    "data.crop": "adm_random", "data.resize": None, "data.batch_size": 128, "trainer.max_steps": 40 * (1_281_167 // 128),
+    "optimizer.betas": [0.9, 0.95], "optimizer.weight_decay": 0.0, "optimizer.schedule": "constant",
+    "optimizer.end_lr": 1e-5, "optimizer.warmup_steps": 0, "ema.decay": 0.9999, "ema.constant": True,
+    "trainer.precision": "bf16-mixed",
+    "tokenizer.channels": 128, "tokenizer.z_channels": 256, "tokenizer.num_res_blocks": 2, "tokenizer.norm_groups": 32,
+    "tokenizer.dropout": 0.0, "tokenizer.decoder_channel_mult": None,
+    "tokenizer.quantizer.codebook_size": 16384, "tokenizer.quantizer.dim": 8, "tokenizer.quantizer.distance": "cosine",
+    "tokenizer.quantizer.init": "unit", "tokenizer.quantizer.commitment_weight": 0.25,
+    "tokenizer.quantizer.codebook_weight": 1.0, "tokenizer.quantizer.entropy_weight": 0.0,
+    "objective.reconstruction": "l2", "objective.reconstruction_weight": 1.0, "objective.pixel_range": "signed",
+    "objective.perceptual._target_": "smalti.objectives.perceptual.LPIPS", "objective.perceptual_weight": 1.0,
+    "objective.quantizer_weight": 1.0, "objective.adversarial.loss": "hinge",
+    "objective.adversarial.generator_loss": None, "objective.adversarial.weight": 1.0,
+    "objective.adversarial.factor": 0.5, "objective.adversarial.start": 20_000 - 1,  # theirs counts from 1
+    "objective.adversarial.adaptive_weight_max": None,
+    "objective.adversarial.discriminator._target_": "smalti.objectives.discriminators.PatchGAN",
+    "objective.adversarial.discriminator.channels": 64, "objective.adversarial.discriminator.num_layers": 3,
+}  # fmt: skip
 PAPER = {
     "flextok": {**FLEXTOK, **depths(18, 18)},
     "flextok_d12_d12": {**FLEXTOK, **depths(12, 12), "optimizer.lr": 3e-4, "optimizer.end_lr": 3e-6},
@@ -156,6 +175,8 @@ PAPER = {
         "tokenizer.block_out_channels": [128, 256, 512, 512], "tokenizer.layers_per_block": 2,
         "tokenizer.norm_num_groups": 32, "tokenizer.latent_channels": 16, "optimizer.weight_decay": 0.0,
     },
+    "vqgan": {**VQGAN, "tokenizer.channel_mult": [1, 1, 2, 2, 4]},
+    "vqgan_f8": {**VQGAN, "tokenizer.channel_mult": [1, 2, 2, 4]},
     "maskgit_vqgan": {
         "tokenizer.channels": 128, "tokenizer.channel_mult": [1, 1, 2, 2, 4], "tokenizer.num_res_blocks": 2,
         "tokenizer.shortcut": "published", "tokenizer.quantizer.codebook_size": 1024, "tokenizer.quantizer.dim": 256,

@@ -56,7 +56,7 @@ def _of_codec(name: str, title: str) -> dict[str, str]:
 
 def preprocessing(crop: str, size: int) -> str:
     """The transform of evaluation images in words: figures after another one are not comparable."""
-    if crop == "adm":
+    if crop in ("adm", "adm_random"):
         return f"ADM centre crop: halved by box while at least {2 * size}, shorter side to {size} bicubic, centre crop"
     return f"shorter side to {size} (Pillow, bicubic, antialiased), centre crop"
 

@@ -210,7 +210,7 @@ class Adversarial(nn.Module):
     loss: "hinge" (TiTok), "vanilla" (VQGAN's other one), "non_saturating", "wasserstein". generator_loss: another one
     of these for the tokenizer's term; null: the same.
     swapped_bce: "non_saturating" as LlamaGen's code has it: the discriminator learns nothing from reconstructions.
-    before_start: "off", or "idle": the discriminator runs and its optimizer steps with gradients of 0. Then running
+    before_start: "skip", or "idle": the discriminator runs and its optimizer steps with gradients of 0. Then running
     averages of its normalisation move, and its optimizer's bias correction is over when it begins: LlamaGen's first
     updates are 0.45 of the rate for that reason.
     adaptive_weight_max: null for a constant weight (TiTok). A number multiplies the weight by
@@ -228,7 +228,7 @@ class Adversarial(nn.Module):
         weight: float = 0.1,
         factor: float = 1.0,
         start: int = 0,
-        before_start: str = "off",
+        before_start: str = "skip",
         lecam: LeCam | None = None,
         adaptive_weight_max: float | None = None,
     ) -> None:
@@ -237,7 +237,7 @@ class Adversarial(nn.Module):
         for name, choice, known in (
             ("loss", loss, LOSSES),
             ("generator_loss", generator_loss or loss, LOSSES),
-            ("before_start", before_start, ("off", "idle")),
+            ("before_start", before_start, ("skip", "idle")),
         ):
             if choice not in known:
                 hint = did_you_mean(choice, known)

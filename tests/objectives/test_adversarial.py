@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smalti.errors import UserError
 from smalti.objectives.adversarial import LOSSES, Adversarial, Blur, LeCam, PatchDiscriminator, adaptive_weight
+from smalti.objectives.discriminators import PatchGAN, StyleGANDiscriminator
 from smalti.objectives.pixels import PixelObjective
 from smalti.tokenizers.base import TokenizerOutput
 from smalti.tokenizers.quantizers.base import Quantized
@@ -108,6 +109,44 @@ def test_before_the_start_the_discriminator_is_not_run_and_the_term_is_zero():
     objective = PixelObjective(adversarial=adversarial)
     terms = objective(output_of(torch.rand(1, 3, 16, 16, requires_grad=True)), torch.rand(1, 3, 16, 16), step=9)
     assert terms["adversarial"].item() == 0 and not terms["adversarial"].requires_grad
+
+
+def test_an_idle_discriminator_runs_and_steps_before_its_start_with_gradients_of_zero():
+    objective = PixelObjective(adversarial=small(start=10, before_start="idle"))
+    assert objective.discriminator_acts(step=0) and objective.discriminator_start == 0
+    reconstruction = torch.rand(1, 3, 16, 16, requires_grad=True)
+    terms = objective(output_of(reconstruction), torch.rand(1, 3, 16, 16), step=9)
+    assert terms["adversarial"].item() == 0 and objective.statistics()["generator_loss"].item() != 0
+    turn = objective.discriminator_turn(output_of(reconstruction), torch.rand(1, 3, 16, 16), step=9)
+    turn["discriminator"].backward()
+    assert all(parameter.grad.abs().max() == 0 for parameter in objective.discriminator.parameters())
+
+
+def test_losses_of_the_two_turns_may_differ():
+    adversarial = small(loss="hinge", generator_loss="non_saturating")
+    logits = torch.tensor([-2.0, 0.5])
+    assert adversarial.loss.generator(logits) == LOSSES["non_saturating"].generator(logits)
+    assert adversarial.loss.discriminator(logits, logits) == LOSSES["hinge"].discriminator(logits, logits)
+
+
+def test_swapped_cross_entropy_is_torchs_with_swapped_arguments():
+    real, fake = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([-2.0, 0.5], requires_grad=True)
+    loss = small(loss="non_saturating", swapped_bce=True).loss
+    swapped = F.binary_cross_entropy_with_logits
+    torch.testing.assert_close(loss.generator(fake), swapped(torch.ones(2), fake))
+    expected = 0.5 * (swapped(torch.ones(2), real) + swapped(torch.zeros(2), fake))
+    torch.testing.assert_close(loss.discriminator(real, fake), expected)
+
+
+def test_the_signed_range_is_that_of_the_reconstruction_and_the_discriminator():
+    seen: list[Tensor] = []
+    discriminator = MeanDiscriminator()
+    discriminator.register_forward_hook(lambda module, inputs, result: seen.append(inputs[0].detach()))
+    objective = PixelObjective(pixel_range="signed", adversarial=Adversarial(discriminator=discriminator))
+    terms = objective(output_of(flat(0.25)), flat(0.75), step=0)
+    assert terms["reconstruction"].item() == pytest.approx(4 * 0.25)
+    objective.discriminator_turn(output_of(flat(0.25)), flat(0.75), step=0)
+    assert [image.mean().item() for image in seen] == [-0.5, 0.5, -0.5]
 
 
 def test_the_discriminator_acts_from_its_start_on():
@@ -261,6 +300,12 @@ def test_logits_do_not_depend_on_autocast():
         (lambda: PatchDiscriminator(hidden_channels=48), ["hidden_channels=48", "use 32 or 64"]),
         (lambda: PatchDiscriminator(num_stages=0), ["num_stages=0"]),
         (lambda: PatchDiscriminator(blur=2), ["blur=2", "3, 4, 5"]),
+        (lambda: small(generator_loss="linear"), ["objective.adversarial.generator_loss='linear'", "hinge"]),
+        (lambda: small(before_start="idel"), ["before_start='idel'", "did you mean 'idle'?"]),
+        (lambda: small(swapped_bce=True), ["swapped_bce=true", "loss=non_saturating only"]),
+        (lambda: PatchGAN(num_layers=0), ["objective.adversarial.discriminator.num_layers=0"]),
+        (lambda: StyleGANDiscriminator(image_size=48), ["image_size=48 is not a power of two", "use 32"]),
+        (lambda: StyleGANDiscriminator(image_size=16, channels=[8]), ["channels=[8]: 3 widths"]),
     ],
 )
 def test_a_wrong_argument_is_one_line_that_names_the_key(build, words):

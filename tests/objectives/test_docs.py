@@ -16,6 +16,7 @@ from smalti.objectives import perceptual
 from smalti.objectives.adversarial import LOSSES, Adversarial, LeCam, PatchDiscriminator
 from smalti.objectives.base import Objective
 from smalti.objectives.codes import ProxyCodeObjective
+from smalti.objectives.discriminators import PatchGAN, StyleGANDiscriminator
 from smalti.objectives.pixels import PixelObjective
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "objectives.md").read_text()
@@ -46,7 +47,8 @@ def test_every_python_example_runs(example):
 def test_the_page_names_every_option():
     for cls in (perceptual.LPIPS, perceptual.ConvNeXtLogits, perceptual.LPIPSAndConvNeXt):
         assert cls.__name__ in PAGE
-    for cls in (Adversarial, LeCam, PatchDiscriminator, PixelObjective, ProxyCodeObjective, perceptual.LPIPS):
+    parts = (Adversarial, LeCam, PatchDiscriminator, PatchGAN, StyleGANDiscriminator, perceptual.LPIPS)
+    for cls in (*parts, PixelObjective, ProxyCodeObjective):
         missing = [name for name in signature(cls).parameters if name not in PAGE]
         assert not missing, f"{cls.__name__}: {missing}"
     assert all(f"`{name}`" in PAGE for name in LOSSES)
