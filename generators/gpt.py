@@ -81,6 +81,10 @@ class GPT(AutoregressiveGenerator):
             raise ValueError(f"null_text={null_text!r} is not known; use 'learned' or 'fixed'")
         if num_classes is not None and text_dim is not None:
             raise ValueError(f"num_classes={num_classes} and text_dim={text_dim} exclude each other; set one of them")
+        sizes = {"width": width, "depth": depth, "heads": heads, "kv_heads": kv_heads, "hidden": hidden}
+        for name, size in {**sizes, "text_dim": text_dim, "text_length": text_length}.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name}={size} is not positive")
         for name, share in (("label_dropout", label_dropout), ("drop_path", drop_path)):
             if not 0 <= share < 1:
                 raise ValueError(f"{name}={share} is not in [0, 1)")

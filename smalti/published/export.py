@@ -19,7 +19,7 @@ from smalti import exports
 from smalti.errors import UserError
 from smalti.instantiate import instantiate
 from smalti.model import Model
-from smalti.published import flextok, maskgit, onedpiece, rar, titok
+from smalti.published import flextok, flextok_ar, llamagen, maskgit, onedpiece, rar, titok
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.flextok import FlexTok
 from smalti.training import checkpoint as checkpoints
@@ -30,6 +30,8 @@ SOURCES: dict[str, Callable[[str, str | None], Model]] = {
     "flextok": flextok.convert,
     "maskgit": maskgit.convert,
     "rar": rar.convert,
+    "llamagen": llamagen.convert,
+    "flextok_ar": flextok_ar.convert,
 }
 
 

@@ -220,8 +220,9 @@ def infer(state: Mapping[str, Tensor], path: Path, given: Mapping[str, Any]) -> 
             f"checkpoint={path} has {depth} layers of width {width}, which is no published size: its number of heads "
             "cannot be told; give config=FILE with n_head"
         )
+    kv_heads = (qkv - width) // 2 * heads // width
     config: dict[str, Any] = {
-        "dim": width, "n_layer": depth, "n_head": heads, "n_kv_head": (qkv - width) // 2 * heads // width,
+        "dim": width, "n_layer": depth, "n_head": heads, "n_kv_head": None if kv_heads == heads else kv_heads,
         "vocab_size": vocabulary,
     }  # fmt: skip
     if "cls_embedding.uncond_embedding" in shapes:
