@@ -149,6 +149,50 @@ VQGAN = {  # llamagen fact sheet (FoundationVision/LlamaGen@ce98ec4), sections 3
     "objective.adversarial.discriminator._target_": "smalti.objectives.discriminators.PatchGAN",
     "objective.adversarial.discriminator.channels": 64, "objective.adversarial.discriminator.num_layers": 3,
 }  # fmt: skip
+MASKGIT = {  # maskgit-rar fact sheet (bytedance/1d-tokenizer@942a96f), section 2.5; guidance is theirs plus 1 if linear
+    "data.resize": 256, "data.crop": "center", "data.flip": True, "data.batch_size": 2048,
+    "optimizer.lr": 2e-4, "optimizer.betas": [0.9, 0.96], "optimizer.eps": 1e-8, "optimizer.weight_decay": 0.03,
+    "optimizer.schedule": "cosine", "optimizer.warmup_steps": 10_000, "optimizer.end_lr": 1e-5, "optimizer.clip": 1.0,
+    "optimizer.no_decay": EVERY_PAPER_RECIPE["optimizer.no_decay"], "trainer.max_steps": 500_000,
+    "trainer.precision": "bf16-mixed", "ema.decay": 0.999, "seed": 42, "generator.heads": 16,
+    "generator.label_dropout": 0.1, "generator.label_smoothing": 0.1, "generator.unmasked_weight": 0.1,
+    "generator.mask_schedule": "arccos", "generator.sampling.mask_schedule": "arccos",
+    "generator.sampling.softmax_annealing": True, "generator.sampling.guidance_power": 3.0,
+}  # fmt: skip
+MASKGIT_BERT = {
+    **MASKGIT, "generator.body": "bert", "generator.width": 768, "generator.depth": 24, "generator.mlp_width": 3072,
+    "generator.dropout": 0.1, "generator.attention_dropout": 0.1, "generator.sampling.steps": 8,
+    "generator.sampling.guidance_schedule": "linear",
+}  # fmt: skip
+
+
+def rar(width: int, depth: int, mlp_width: int, temperature: float, guidance: float, power: float) -> dict[str, Any]:
+    """RAR's numbers: section 3.4 of the same."""
+    return {
+        **{key: value for key, value in MASKGIT.items() if not key.startswith(("generator.", "ema."))},
+        "optimizer.lr": 4e-4, "optimizer.warmup_steps": 62_500, "trainer.max_steps": 250_000, "ema": None,
+        "generator.width": width, "generator.depth": depth, "generator.heads": 16, "generator.mlp_width": mlp_width,
+        "generator.dropout": 0.1, "generator.attention_dropout": 0.1, "generator.label_dropout": 0.1,
+        "generator.anneal_start": 125_000, "generator.anneal_end": 187_500,
+        "generator.sampling.temperature": temperature, "generator.sampling.guidance": guidance,
+        "generator.sampling.guidance_schedule": "power_cosine", "generator.sampling.guidance_power": power,
+        "generator.sampling.top_k": None, "generator.sampling.top_p": 1.0,
+    }  # fmt: skip
+
+
+GENERATORS = {
+    "maskgit": {
+        **MASKGIT, "generator.body": "uvit", "generator.width": 1024, "generator.depth": 20,
+        "generator.mlp_width": 4096, "generator.sampling.steps": 64, "generator.sampling.temperature": 2.8,
+        "generator.sampling.guidance": 6.9, "generator.sampling.guidance_schedule": "power_cosine",
+    },
+    "maskgit_b64": {**MASKGIT_BERT, "generator.sampling.temperature": 11.0, "generator.sampling.guidance": 3.0 + 1},
+    "maskgit_l32": {**MASKGIT_BERT, "generator.sampling.temperature": 9.5, "generator.sampling.guidance": 4.5 + 1},
+    "rar": rar(768, 24, 3072, 1.0, 16.0, 2.75),
+    "rar_l": rar(1024, 24, 4096, 1.02, 15.5, 2.5),
+    "rar_xl": rar(1280, 32, 5120, 1.02, 6.9, 1.5),
+    "rar_xxl": rar(1408, 40, 6144, 1.02, 8.0, 1.2),
+}  # fmt: skip
 PAPER = {
     "flextok": {**FLEXTOK, **depths(18, 18)},
     "flextok_d12_d12": {**FLEXTOK, **depths(12, 12), "optimizer.lr": 3e-4, "optimizer.end_lr": 3e-6},
@@ -190,7 +234,11 @@ PAPER = {
 def test_every_experiment_composes_at_every_scale(experiment: str, scale: str) -> None:
     config = composed(experiment, scale)
     assert config["scale"] == scale
-    assert config["tokenizer"]["_target_"].startswith("smalti.tokenizers.")
+    if config["generator"] is None:
+        assert config["tokenizer"]["_target_"].startswith("smalti.tokenizers.")
+    else:
+        assert config["generator"]["_target_"].startswith("smalti.generators.")
+        assert not config["tokenizer"] and config["objective"] is None
 
 
 def test_every_yaml_is_an_option_of_a_group_that_composes() -> None:
@@ -202,8 +250,9 @@ def test_every_yaml_is_an_option_of_a_group_that_composes() -> None:
             assert option in ("train", "evaluate", "encode", "export")
         elif group.startswith("overlay/"):
             _, kind, scale = group.split("/")
-            holders = {"tokenizer": "tokenizer", "objective": "objective", "quantizer": "tokenizer/quantizer"}
-            known = EXPERIMENTS if kind == "experiment" else options(holders[kind])
+            known = (
+                EXPERIMENTS if kind == "experiment" else options({"quantizer": "tokenizer/quantizer"}.get(kind, kind))
+            )
             if option not in known or scale not in SCALES:
                 unreached.append(path)
         elif group not in ("launcher", "sweep"):  # they need plugins: tests/commandline/test_sweeps.py
@@ -214,7 +263,7 @@ def test_every_yaml_is_an_option_of_a_group_that_composes() -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_paper_scale_is_the_published_recipe(experiment: str) -> None:
-    expected = {**EVERY_PAPER_RECIPE, **PAPER[experiment]}
+    expected = GENERATORS.get(experiment) or {**EVERY_PAPER_RECIPE, **PAPER[experiment]}
     found = flat(composed(experiment, "paper"))
     assert {key: found.get(key) for key in expected} == expected
 
