@@ -114,6 +114,16 @@ class MaskGIT(Generator):
         sampling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(tokens)
+        for name, size in (("width", width), ("depth", depth), ("heads", heads), ("mlp_width", mlp_width)):
+            if size < 1:
+                raise ValueError(f"{name}={size} is not positive")
+        for name, share in (
+            ("label_dropout", label_dropout),
+            ("dropout", dropout),
+            ("attention_dropout", attention_dropout),
+        ):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name}={share} is not in [0, 1)")
         if body not in ("bert", "uvit"):
             raise ValueError(f"body={body!r} is not known; use 'bert' or 'uvit'")
         if body == "uvit" and (dropout or attention_dropout):

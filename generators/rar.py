@@ -65,6 +65,16 @@ class RAR(AutoregressiveGenerator):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(tokens)
+        for name, size in (("width", width), ("depth", depth), ("heads", heads), ("mlp_width", mlp_width)):
+            if size < 1:
+                raise ValueError(f"{name}={size} is not positive")
+        for name, share in (
+            ("label_dropout", label_dropout),
+            ("dropout", dropout),
+            ("attention_dropout", attention_dropout),
+        ):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name}={share} is not in [0, 1)")
         if not 0 <= anneal_start <= anneal_end:
             raise ValueError(f"anneal_start={anneal_start} is not in 0…anneal_end={anneal_end}")
         self.num_classes, self.label_dropout = num_classes, label_dropout

@@ -291,6 +291,8 @@ def test_tokens_of_another_kind_are_refused_in_one_line(spec: dict[str, Any], me
         ({"body": "vit"}, "body='vit' is not known; use 'bert' or 'uvit'"),
         ({"dropout": 0.1}, "are of body=bert; leave them out"),
         ({"heads": 3}, "width=32 is not a multiple of heads=3"),
+        ({"depth": 0}, "depth=0 is not positive"),
+        ({"label_dropout": 1.0}, r"label_dropout=1.0 is not in \[0, 1\)"),
         ({"mask_schedule": "cosinus"}, "mask_schedule='cosinus' is not known; use one of arccos, cosine"),
         ({"sampling": {"steps": 0}}, "steps=0 is not positive"),
         ({"sampling": {"temperature": -1.0}}, "temperature=-1.0 is negative"),

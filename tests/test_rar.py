@@ -245,6 +245,8 @@ def test_tokens_of_another_kind_are_refused_in_one_line(spec: dict[str, Any], me
     ("options", "message"),
     [
         ({"heads": 3}, "width=32 is not a multiple of heads=3"),
+        ({"depth": 0}, "depth=0 is not positive"),
+        ({"label_dropout": 1.0}, r"label_dropout=1.0 is not in \[0, 1\)"),
         ({"anneal_start": 9, "anneal_end": 5}, "anneal_start=9 is not in 0…anneal_end=5"),
         ({"sampling": {"top_k": 0}}, "top_k=0 is not positive"),
         ({"sampling": {"guidance_schedule": "x"}}, "'x' of guidance is not known"),
