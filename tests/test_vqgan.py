@@ -115,9 +115,18 @@ def test_weights_that_do_not_fit_together_are_one_line_with_the_name(tmp_path: P
 
 def test_a_config_tells_what_weights_do_not(tmp_path: Path) -> None:
     torch.save({"model": to_published(small())}, tmp_path / "vq.pt")
-    (tmp_path / "args.json").write_text('{"codebook_l2_norm": false, "commit_loss_beta": 0.5}')
+    (tmp_path / "args.json").write_text('{"codebook_l2_norm": false, "commit_loss_beta": 0.5, "image_size": 12}')
     converted = convert(tmp_path / "vq.pt", tmp_path / "args.json")
     assert not converted.quantizer.cosine and converted.quantizer.commitment_weight == 0.5
+    assert converted.spec.grid == (6, 6)
+
+
+def test_a_released_file_says_what_is_known_of_it(tmp_path: Path) -> None:
+    torch.save({"model": to_published(small())}, tmp_path / "vq_ds16_c2i.pt")
+    assert "title" not in convert(tmp_path / "vq_ds16_c2i.pt").metadata  # two levels are not f16
+    torch.save({"model": to_published(small(image_size=256, channel_mult=[1] * 5))}, tmp_path / "vq_ds16_c2i.pt")
+    known = convert(tmp_path / "vq_ds16_c2i.pt").metadata
+    assert known["title"] == "vq_ds16_c2i (published weights)" and 2.19 in known["results"].values()
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -148,12 +148,13 @@ def convert(state: Mapping[str, Tensor], checkpoint: Path, config: Mapping[str, 
     """Published weights as a model of ours, in evaluation mode, with origin and licence in `metadata`.
 
     checkpoint: where they come from (smalti.published.llamagen reads files). config: keys of the published
-    `ModelArgs`, for what the weights do not tell. Raises UserError with one line.
+    `ModelArgs`, and image_size, for what the weights do not tell. Raises UserError with one line.
     """
+    config = config or {}
     settings, fixed = infer(state)
-    settings |= {name: value for name, value in (config or {}).items() if name in settings}
+    settings |= {name: value for name, value in config.items() if name in settings}
     try:
-        model = build_tokenizer(settings, fixed)
+        model = build_tokenizer(settings, fixed, image_size=config.get("image_size", IMAGE_SIZE))
     except (TypeError, ValueError) as error:
         raise UserError(f"checkpoint={checkpoint} does not make a VQ-GAN: {error}; check config=") from error
     load_published(model, state)
@@ -172,13 +173,13 @@ def _metadata(model: VQGAN, checkpoint: Path) -> dict[str, Any]:
         "licence": "MIT",
     }
     found = re.search(r"vq_ds(8|16)_(c2i|t2i)", checkpoint.name)
-    if found and model.spec.length == (IMAGE_SIZE // int(found[1])) ** 2:
+    if found and model.spec.length == (model.spec.image_size // int(found[1])) ** 2:
         metadata["title"] = f"{found[0]} (published weights)"
-        metadata["preprocessing"] = "RGB in [0, 1], ADM centre crop, 256 × 256"
+        metadata["preprocessing"] = f"RGB in [0, 1], ADM centre crop, {model.spec.image_size} px"
         metadata["training_data"] = (
             "ImageNet-1k, training split, 256 × 256" if found[2] == "c2i" else "ImageNet-1k, then captioned images"
         )
-        if found[0] in _RFID:
+        if found[0] in _RFID and model.spec.image_size == IMAGE_SIZE:
             metadata["results"] = {
                 "rFID, ImageNet validation, as published (not measured here)": _RFID[found[0]],
             }
