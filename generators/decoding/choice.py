@@ -34,5 +34,5 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     cumulative = probabilities.double().cumsum(-1)
     target = uniform.to(cumulative)[..., None] * cumulative[..., -1:]
     # Rounding of the product may reach the whole sum: the last index with any probability is the largest answer.
-    last = (cumulative < cumulative[..., -1:]).sum(-1)
-    return torch.minimum((cumulative <= target).sum(-1), last)
+    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
+    return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)[..., 0]
