@@ -1,4 +1,4 @@
-"""Bytes of a sample's members to values: images, text, JSON and class numbers; nothing else is ever decoded.
+"""Bytes of a sample's members to values: images, text, JSON, class numbers, arrays; nothing else is ever decoded.
 
 Every image becomes (h, w, 3) uint8 RGB: grey is repeated, CMYK converted, 16 bits cut to the high byte, transparency
 laid on white, and a camera's rotation (EXIF) applied. The published loaders ignore EXIF and drop alpha.
@@ -19,11 +19,12 @@ from PIL import Image, ImageOps
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp")
 TEXT_TYPES = ("txt", "json", "cls")
+ARRAY_TYPES = ("npy",)  # of plain numbers: an array of Python objects, which would be pickled, is refused
 
 
 def decodable(member: str) -> bool:
     """Whether a member (`jpg`, `masks.png`, `cls`, …) is of a type that is ever decoded."""
-    return member.rpartition(".")[2] in IMAGE_TYPES + TEXT_TYPES
+    return member.rpartition(".")[2] in IMAGE_TYPES + TEXT_TYPES + ARRAY_TYPES
 
 
 def decode_member(member: str, data: bytes) -> Any:
@@ -39,7 +40,10 @@ def decode_member(member: str, data: bytes) -> Any:
         return data.decode()
     if kind == "json":
         return json.loads(data)
-    raise ValueError(f"members of type {kind!r} are not decoded (only {', '.join(IMAGE_TYPES + TEXT_TYPES)})")
+    if kind in ARRAY_TYPES:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    known = ", ".join(IMAGE_TYPES + TEXT_TYPES + ARRAY_TYPES)
+    raise ValueError(f"members of type {kind!r} are not decoded (only {known})")
 
 
 def decode_image(data: bytes) -> np.ndarray:

@@ -55,6 +55,9 @@ class FolderSource:
     def place(self, sample: int) -> str:
         return str(self.folder / self.paths[sample])
 
+    def largest_label(self) -> int:
+        return int(self.labels.max())
+
     def read(self, sample: int) -> Sample:
         try:
             with open(self.place(sample), "rb", buffering=0) as file:

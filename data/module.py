@@ -1,4 +1,6 @@
-"""The data of a run: which images, cut how, in which batches. A plain torch DataLoader over a map-style dataset.
+"""The data of a run: which images (or tokens of them), cut how, in which batches.
+
+A plain torch DataLoader over a map-style dataset.
 
 The position of a run is the number of micro-batches it has consumed, and nothing else: `train_loader(start)` goes on
 from any of them at once, with the same pixels, whatever the number of workers. See docs/data.md.
@@ -13,107 +15,36 @@ import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from smalti.data import augment, shapes
-from smalti.data.decode import decode_image
+from smalti.data import shapes
+from smalti.data.batches import ADM_CROPS, Crop, Images, Samples, Split
 from smalti.data.folder import FolderSource, class_folders
 from smalti.data.order import Batch, BatchSampler, Order, Remainder, split_evenly
 from smalti.data.shards import ShardSource, find_shards
 from smalti.data.source import Source, cache_folder
+from smalti.data.tokens import TokenSource, TokenViews, check_alike, token_index
 from smalti.errors import UserError, did_you_mean
 
-Crop = Literal["random", "center", "adm"]
 _VALIDATION, _TEST = ("val", "validation"), ("test",)
 
 
-class BadSample(UserError):
-    """A sample that cannot be decoded; one line also after torch has wrapped it in a worker's traceback."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition("BadSample: ")[2].strip())
-
-
-class Split:
-    """Some samples of a source: `samples` (n,) their sorted numbers, `sizes` how many lie in each shard."""
-
-    def __init__(self, source: Source, samples: np.ndarray | None = None) -> None:
-        self.source = source
-        self.samples = np.arange(len(source)) if samples is None else samples
-        self.sizes = np.diff(np.searchsorted(self.samples, np.cumsum([0, *source.sizes])))
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-
-class Images(Dataset[dict[str, Any]]):
-    """Batches of a split as the training loop wants them; `images[n]` is sample n alone, as a batch of one.
-
-    A batch: image (b, 3, h, w) uint8, label (b,) int64 (-1: none), key list of b strings, and caption likewise when the
-    source has any. With `seed`, random crops and flips by the draws of (seed, epoch, sample); without, none.
-    """
-
-    def __init__(
-        self, split: Split, image_size: int, crop: Crop, resize: int, flip: bool = False, seed: int | None = None
-    ) -> None:
-        self.split, self.image_size, self.crop, self.resize = split, image_size, crop, resize
-        self.flip, self.seed = flip, seed
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__(Batch(0, np.array([index])))
-
-    def __getitems__(self, batch: Batch) -> dict[str, Any]:
-        """torch's loader hands a whole batch over; one buffer is filled instead of stacking b tensors."""
-        source, size = self.split.source, self.image_size
-        samples = self.split.samples[batch.samples].tolist()
-        images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
-        pixels = images.numpy().transpose(0, 2, 3, 1)
-        labels, keys, captions = [], [], []
-        for row, number in enumerate(samples):
-            try:
-                sample = source.read(number)
-                pixels[row] = self.transform(decode_image(sample.image), batch.epoch, number)
-            except ValueError as error:
-                raise BadSample(f"{source.place(number)} cannot be decoded: {error}; repair or remove it") from error
-            except UserError as error:
-                raise BadSample(str(error)) from error
-            labels.append(sample.label)
-            keys.append(source.key(number))
-            captions.append(sample.caption or "")
-        result: dict[str, Any] = {"image": images, "label": torch.tensor(labels, dtype=torch.int64), "key": keys}
-        return result | ({"caption": captions} if source.has_captions else {})
-
-    def transform(self, image: np.ndarray, epoch: int, sample: int) -> np.ndarray:
-        """(h, w, 3) uint8 -> (image_size, image_size, 3) uint8."""
-        if self.crop == "adm":
-            image = augment.adm_crop(image, self.image_size)
-        else:
-            image = augment.resize_shorter(image, self.resize)
-        if self.seed is not None and (self.crop == "random" or self.flip):
-            draws = augment.draw(self.seed, epoch, sample)
-            if self.crop == "random":
-                image = augment.random_crop(image, self.image_size, draws)
-            if self.flip and draws.flip < 0.5:
-                image = augment.flip(image)
-        return augment.center_crop(image, self.image_size)
-
-
 class DataModule:
-    """Training, validation and test images of a run.
+    """Training, validation and test images of a run, or their tokens.
 
     path: an ImageFolder, a folder of shards, a glob, a brace list or a list of shards; null: the embedded shapes.
-        A folder with `train` beside `val`, `validation` or `test` is read by these.
+        A folder with `train` beside `val`, `validation` or `test` is read by these. Token shards, as encode.py writes
+        them, are known by their index.json; then batches have `indices`, and what is said of images below has no
+        effect but for their number.
     val_path: validation images likewise; null: what lies in `path`, else `val_fraction` of the samples, chosen by a
         hash of their keys, are held out of training.
     image_size: side of the crop. resize: shorter side before a random or centre crop; null: image_size. Validation
-        always resizes to image_size and cuts the middle, as published evaluations do (with crop=adm: ADM's crop).
+        always resizes to image_size and cuts the middle, as published evaluations do (with crop=adm or adm_random:
+        ADM's crop).
     batch_size: images a step, of all processes and accumulated batches together.
     remainder: of an epoch: "drop" what fills no batch, or "pad" the last batch with samples of the same epoch.
     size: training images of the embedded shapes; a twentieth as many more are drawn for validation.
@@ -149,14 +80,14 @@ class DataModule:
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise UserError(f"data.{name}={value} must be a whole number, at least {least}")
-        _one_of("crop", crop, ("random", "center", "adm"))
+        _one_of("crop", crop, get_args(Crop))
         _one_of("remainder", remainder, ("drop", "pad"))
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
         if resize is not None and resize < image_size:
             raise UserError(f"data.resize={resize} is smaller than data.image_size={image_size}; use null or more")
-        if resize is not None and resize != image_size and crop == "adm":
-            raise UserError(f"data.resize={resize} has no effect with data.crop=adm, which resizes itself; use null")
+        if resize is not None and resize != image_size and crop in ADM_CROPS:
+            raise UserError(f"data.resize={resize} has no effect with data.crop={crop}, which resizes itself; use null")
         self.path, self.val_path, self.val_fraction = _plain(path), _plain(val_path), val_fraction
         self.image_size, self.resize, self.crop, self.flip = image_size, resize or image_size, crop, flip
         self.batch_size, self.remainder, self.workers = batch_size, remainder, workers
@@ -180,13 +111,33 @@ class DataModule:
         """The names of the class numbers, where known."""
         return self.train.source.classes
 
+    @property
+    def tokens(self) -> dict[str, Any] | None:
+        """What index.json says of token shards (`tokenizer`, `views`); None for images."""
+        source = self.train.source
+        return source.index if isinstance(source, TokenSource) else None
+
+    def largest_label(self) -> int:
+        """The largest class number of training and validation images, -1: there are none. Without names of classes,
+        all samples are looked at."""
+        if self.classes is not None:
+            return len(self.classes) - 1
+        return max(source.largest_label() for source in {id(s.source): s.source for s in self._splits}.values())
+
     def check(self, *, accumulate: int = 1, world_size: int = 1) -> None:
         """Raise UserError for what cannot work: missing or empty folders, damaged shards, batches that do not come out,
         a batch larger than the set, a first image that cannot be read."""
         self._order(accumulate, 0, world_size)
         self._evaluation(self.validation, None, accumulate, 0, world_size)
         for split in {id(split): split for split in self._splits}.values():
-            self._images(split, training=False)[0]
+            self._samples(split, training=False)[0]
+
+    def need_images(self) -> None:
+        """Raise UserError where the data are tokens."""
+        if self.tokens is not None:
+            raise UserError(
+                f"data.path={self.path} has token shards, but images are needed; give those they were made of"
+            )
 
     def describe(self) -> dict[str, Any]:
         """What the run learns from, as plain values for a model card; `fingerprint` is a hash of the training keys."""
@@ -200,6 +151,15 @@ class DataModule:
             "classes": None if self.classes is None else len(self.classes),
             "fingerprint": keys.hexdigest()[:16],
         }
+
+    def preprocessing(self) -> str:
+        """What is done to an image before it reaches a model, in words; for tokens, when they were made."""
+        if self.tokens is not None:
+            return f"token shards, views={self.tokens['views']}"
+        crop = "shorter side resized (bicubic, antialiased), centre crop"
+        if self.crop in ADM_CROPS:
+            crop = "ADM centre crop"
+        return f"RGB in [0, 1], {crop}, {self.image_size} px"
 
     def batches_per_epoch(self, *, accumulate: int = 1, world_size: int = 1) -> int:
         """Micro-batches of an epoch, the same on every rank."""
@@ -216,7 +176,7 @@ class DataModule:
         order = self._order(accumulate, rank, world_size)
         if total is None:
             total = (start // order.batches_per_epoch + 1) * order.batches_per_epoch
-        return self._loader(self._images(self.train, training=True), BatchSampler(order, total, start))
+        return self._loader(self._samples(self.train, training=True), BatchSampler(order, total, start))
 
     def validation_loader(
         self, *, images: int | None = None, accumulate: int = 1, rank: int = 0, world_size: int = 1
@@ -266,6 +226,8 @@ class DataModule:
         }
         if self.val_path is not None:
             given["validation"] = Split(self._open(self.val_path, "data.val_path", source.classes))
+        for split in given.values():
+            check_alike(source, split.source)
         if not given:
             train, validation = hold_out(source, self.val_fraction)
             return train, validation, validation
@@ -278,12 +240,18 @@ class DataModule:
             return FolderSource(folder, classes=classes, name=name)
         if isinstance(path, str) and path.endswith(".zip"):
             raise UserError(f"{name}={path} is a zip file; unpack it and give the folder")
-        return ShardSource(find_shards(path, name), self.cache)
+        shards = find_shards(path, name)
+        tokens = [token_index(folder) is not None for folder in dict.fromkeys(shard.parent for shard in shards)]
+        if any(tokens) and not all(tokens):
+            raise UserError(f"{name}={path} has token shards beside shards of images; give one kind")
+        return (TokenSource if any(tokens) else ShardSource)(shards, self.cache)
 
-    def _images(self, split: Split, *, training: bool) -> Images:
+    def _samples(self, split: Split, *, training: bool) -> Samples:
+        if isinstance(split.source, TokenSource):
+            return TokenViews(split, split.source, self.seed if training else None)
         if training:
             return Images(split, self.image_size, self.crop, self.resize, self.flip, self.seed)
-        return Images(split, self.image_size, "adm" if self.crop == "adm" else "center", self.image_size)
+        return Images(split, self.image_size, "adm" if self.crop in ADM_CROPS else "center", self.image_size)
 
     def _order(self, accumulate: int, rank: int, world_size: int) -> Order:
         batch_size = self.micro_batch_size(accumulate=accumulate, world_size=world_size)
@@ -311,12 +279,12 @@ class DataModule:
         batch_size = self.micro_batch_size(accumulate=accumulate, world_size=world_size)
         batches = split_evenly(len(mixture), batch_size, rank, world_size)
         return self._loader(
-            self._images(split, training=False), [Batch(0, mixture[batch.samples]) for batch in batches]
+            self._samples(split, training=False), [Batch(0, mixture[batch.samples]) for batch in batches]
         )
 
-    def _loader(self, images: Images, batches: Any) -> DataLoader[dict[str, Any]]:
+    def _loader(self, samples: Samples, batches: Any) -> DataLoader[dict[str, Any]]:
         return DataLoader(
-            images,
+            samples,
             batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=_as_it_is,

@@ -19,7 +19,7 @@ from smalti.data.decode import decodable
 from smalti.data.source import PackedStrings, replacing
 from smalti.errors import UserError
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

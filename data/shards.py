@@ -69,6 +69,9 @@ class ShardSource:
     every spawned process; reading by offset shares nothing between forked ones.
     """
 
+    contents: tuple[str, ...] = IMAGE_TYPES  # every sample has a member of one of these types
+    what = "image"
+
     def __init__(self, shards: Sequence[Path], cache: Path) -> None:
         self.shards = [str(shard) for shard in shards]
         indexes = {folder: read_index(folder) for folder in dict.fromkeys(shard.parent for shard in shards)}
@@ -81,10 +84,10 @@ class ShardSource:
         self.sizes = np.array([len(table.keys) for table in tables], dtype=np.int64)
         self.table = OffsetTable.join(tables)
         self._ends = np.cumsum(self.sizes)
-        without_image = np.flatnonzero(~self.table.having(IMAGE_TYPES))
-        if len(without_image):
+        without = np.flatnonzero(~self.table.having(self.contents))
+        if len(without):
             raise UserError(
-                f"{self.place(int(without_image[0]))} has no image ({', '.join(IMAGE_TYPES)}); is it cut off?"
+                f"{self.place(int(without[0]))} has no {self.what} ({', '.join(self.contents)}); is it cut off?"
             )
         self.has_captions = "txt" in self.table.types
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -103,10 +106,15 @@ class ShardSource:
         return f"{self.shards[self._shard(sample)]}: sample {self.key(sample)!r}"
 
     def read(self, sample: int) -> Sample:
-        members = self.members(sample, (*IMAGE_TYPES, "cls", "txt"))
-        image = next(members[kind] for kind in IMAGE_TYPES if kind in members)
+        members = self.members(sample, (*self.contents, "cls", "txt"))
+        image = next(members[kind] for kind in self.contents if kind in members)
         caption = members.get("txt")
         return Sample(image, int(members.get("cls", b"-1")), None if caption is None else caption.decode())
+
+    def largest_label(self) -> int:
+        if "cls" not in self.table.types:
+            return -1
+        return max(int(self.members(sample, ("cls",)).get("cls", b"-1")) for sample in range(len(self)))
 
     def members(self, sample: int, types: Sequence[str] | None = None) -> dict[str, bytes]:
         """The bytes of a sample's members, all or of these types. Raises UserError when the shard became shorter."""
@@ -190,9 +198,14 @@ def write_shard(file: Path, samples: Iterable[dict[str, Any]]) -> dict[str, Any]
     return {"url": file.name, "nsamples": count, "filesize": position, "sha256": digest.hexdigest()}
 
 
-def write_index(folder: Path, entries: Sequence[dict[str, Any]], classes: Sequence[str] | None = None) -> Path:
-    """index.json of a folder of shards, in webdataset's wids layout; written last, so that it stands for them all."""
-    index: dict[str, Any] = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": list(entries)}
+def write_index(
+    folder: Path, entries: Sequence[dict[str, Any]], classes: Sequence[str] | None = None, **more: Any
+) -> Path:
+    """index.json of a folder of shards, in webdataset's wids layout; written last, so that it stands for them all.
+
+    more: further plain JSON values.
+    """
+    index: dict[str, Any] = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": list(entries), **more}
     if classes is not None:
         index["classes"] = list(classes)
     with replacing(folder / "index.json") as temporary:

@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as stored: the image file's bytes, class number (-1: none), caption (None: none)."""
+    """One sample as stored: the bytes of its image or tokens, its class number (-1: none), caption (None: none)."""
 
     image: bytes
     label: int = -1
@@ -38,6 +38,9 @@ class Source(Protocol):
 
     def read(self, sample: int) -> Sample:
         """Raises UserError when the file is gone or short, ValueError when a member cannot be decoded."""
+
+    def largest_label(self) -> int:
+        """The largest class number of all samples, -1 where none has any; may read them all."""
 
 
 class PackedStrings:

@@ -17,16 +17,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from smalti.errors import UserError, did_you_mean
 
-SOURCES = ("titok", "onedpiece", "flextok", "maskgit", "rar")  # published code bases that export.py converts
+# Published code bases that export.py converts.
+SOURCES = ("titok", "onedpiece", "flextok", "maskgit", "rar", "llamagen", "flextok_ar")
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # Rules by the last part of a key, wherever it stands. null is left to the class that takes it.
 POSITIVE = {  # whole numbers ≥ 1 (each, in a list)
     "image_size", "resize", "num_latent_tokens", "proxy_codebook_size", "codebook_size", "dim", "width", "depth",
-    "heads", "patch_size", "channels", "channel_mult", "num_res_blocks", "hidden_channels", "num_stages", "length",
-    "size", "max_steps", "batch_size", "every", "images", "pictures", "baseline_images",
-    "length_images", "accumulate", "num_nodes", "nan_limit",
+    "heads", "patch_size", "channels", "channel_mult", "num_res_blocks", "hidden_channels", "num_stages", "num_layers",
+    "length", "z_channels", "norm_groups", "size", "max_steps", "batch_size", "every", "images", "pictures",
+    "baseline_images", "length_images", "accumulate", "num_nodes", "nan_limit",
 }  # fmt: skip
 NOT_NEGATIVE = {  # numbers ≥ 0
     "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed", "start", "weight", "factor",
@@ -39,7 +40,7 @@ CHOICES = {
     "resume": ("auto", "never", "must"),
     "schedule": ("cosine", "constant"),
     "precision": ("32-true", "bf16-mixed"),
-    "crop": ("random", "center", "adm"),
+    "crop": ("random", "center", "adm", "adm_random"),
     "remainder": ("drop", "pad"),
     "reconstruction": ("l1", "l2"),
     "latent_layout": ("corrected", "legacy"),
@@ -52,10 +53,14 @@ def check_train(config: DictConfig) -> None:
     """Everything about a training run that its config alone shows."""
     values = _plain(config)
     _check_values(values)
-    _check_shapes(values)
+    if values["generator"] is None:
+        _check_tokenizer_run(values)
+        _check_shapes(values)
+    else:
+        _check_generator_run(values)
     _check_batch(values)
     check_data(values.get("data"))
-    for key in ("init_path", "teacher_path", "vae_path"):
+    for key in ("init_path", "teacher_path", "tokenizer_path", "vae_path"):
         check_export(key, values.get(key))
     for key in ("output", "run"):
         check_folder(key, values.get(key))
@@ -241,6 +246,34 @@ def _check_number(key: str, name: str, number: float, shown: str) -> None:
         raise UserError(f"{key}={shown} must be above 0{'; null switches it off' if name == 'clip' else ''}")
     if name in BELOW_ONE and not 0 <= number < 1:
         raise UserError(f"{key}={shown} must lie in [0, 1), such as {'[0.9,0.999]' if name == 'betas' else '0.999'}")
+
+
+def _check_tokenizer_run(values: Mapping[str, Any]) -> None:
+    """A run without a generator trains a tokenizer, by an objective."""
+    for part in ("tokenizer", "objective"):
+        if values[part] is None:
+            raise UserError(f"{part} and generator are both null; pick what to train, such as experiment=titok or gpt")
+    if values["tokenizer_path"] is not None:
+        raise UserError(
+            f"tokenizer_path={values['tokenizer_path']} is for generators, but this run trains a tokenizer; use "
+            "init_path to start from its weights, or a generator's experiment"
+        )
+
+
+def _check_generator_run(values: Mapping[str, Any]) -> None:
+    """A generator is trained alone: its tokenizer is frozen, and its objective its own."""
+    for part in ("tokenizer", "objective"):
+        if values[part] is not None:
+            raise UserError(
+                f"{part} is given, but this run trains a generator; leave {part}=… out and name a trained tokenizer by "
+                "tokenizer_path=DIR, or pick a tokenizer's experiment"
+            )
+    for key, section in _sections(values["generator"], "generator"):
+        width, heads = section.get("width"), section.get("heads")
+        if width and heads and width % heads:
+            raise UserError(
+                f"{key}.width={width} is not a multiple of {key}.heads={heads}; use {_nearby(width, heads)}"
+            )
 
 
 def _check_shapes(values: Mapping[str, Any]) -> None:

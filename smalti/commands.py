@@ -22,7 +22,7 @@ from smalti.errors import UserError, did_you_mean, run_command
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMANDS = {
-    "train": "train a tokenizer from a recipe (an experiment) on a set of images",
+    "train": "train a tokenizer or a generator from a recipe (an experiment) on a set of images",
     "evaluate": "measure an exported tokenizer on images, or reconstruct one photo",
     "encode": "write images as tokens into small files (.tok), and back",
     "export": "write a run of ours or a published checkpoint as a folder that smalti.load reads",

@@ -31,8 +31,8 @@ HYDRA_KEYS = ("hydra.launcher.", "hydra.sweeper.")
 HIDDEN_GROUPS = "overlay/"  # picked by the primary config itself, from the scale and the other choices
 FREE = ("sampling",)  # sections whose keys the loaded model knows, and no config
 PATHS = (
-    "output", "run", "init_path", "teacher_path", "vae_path", "model_path", "checkpoint", "config", "image", "decode",
-    "picture", "data.path", "data.val_path", "data.cache", "lpips_weights", "inception_weights",
+    "output", "run", "init_path", "teacher_path", "tokenizer_path", "vae_path", "model_path", "checkpoint", "config",
+    "image", "decode", "picture", "data.path", "data.val_path", "data.cache", "lpips_weights", "inception_weights",
 )  # fmt: skip
 
 # What a key holds whose value in the configs is null (null says nothing about the type of what replaces it). These may
@@ -48,7 +48,10 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "data.path": (str, list),
     "data.val_path": (str, list),
     "data.resize": (int,),
+    "data.image_size": (int,),
     "trainer.devices": (int, str),
+    "generator.num_classes": (int,),
+    "ema": (dict,),
     "source": (str,),
     "images": (int,),
     "lengths": (str, list, int),
@@ -62,6 +65,8 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "objective.adversarial": (dict,),
     "objective.adversarial.lecam": (dict,),
     "objective.adversarial.adaptive_weight_max": (float,),
+    "objective.adversarial.generator_loss": (str,),
+    "tokenizer.decoder_channel_mult": (list,),
 }
 
 _NAMES = {
@@ -135,7 +140,10 @@ def compose(command: str, overrides: Sequence[str], config_dir: str | None = Non
         key, value = override.key_or_group, _select(config, override.key_or_group)
         if value != _select(before, key):
             changes[key] = value
-    return Composed(_resolved(config, choices), choices, changes)
+    resolved = _resolved(config, choices)
+    if command == "train":
+        _settle_what_is_trained(resolved, [override.key_or_group for override in values])
+    return Composed(resolved, choices, changes)
 
 
 @contextmanager
@@ -277,6 +285,13 @@ def _resolved(config: DictConfig, choices: Mapping[str, str]) -> DictConfig:
     assert isinstance(resolved, DictConfig)
     OmegaConf.set_struct(resolved, True)
     return resolved
+
+
+def _settle_what_is_trained(config: DictConfig, typed: Sequence[str]) -> None:
+    """Images for a generator have the size of its tokenizer, unless another one is typed (and then refused)."""
+    config.tokenizer = config.tokenizer or None  # tokenizer=frozen is empty
+    if config.generator is not None and "data.image_size" not in typed:
+        config.data.image_size = None
 
 
 def _switched_on(config: DictConfig, groups: Sequence[Override], config_dir: str | None) -> list[str]:

@@ -16,7 +16,7 @@ from smalti.config import Composed, compose
 from smalti.errors import UserError, run_command
 from smalti.instantiate import check_arguments
 
-# Overrides that a run hands on to the one that it needs first (its teacher, its stage 1), which keeps its own length.
+# Overrides that a run hands on to the one that it needs first (a teacher, a tokenizer), which keeps its own length.
 HANDED_ON = (
     "data", "trainer", "validation", "checkpoint", "logger", "seed", "output", "scale", "teacher_path", "vae_path",
 )  # fmt: skip
@@ -57,8 +57,14 @@ def train_once(overrides: Sequence[str], config_dir: str | None = None) -> tuple
     if runs.rank() == 0:
         hint = "" if scale == "paper" else "; scale=paper is the published recipe"
         print(f"scale={scale}{hint}. Run folder: {run.folder} ({run.state})", flush=True)
-    for part in ("data", "tokenizer", "objective"):
-        check_arguments(composed.config[part], part)
+    for part, filled in (("data", ()), ("tokenizer", ()), ("objective", ()), ("generator", ("tokens",))):
+        if composed.config[part] is not None:
+            check_arguments(composed.config[part], part, *filled)
+    if "tokenizer_path" in first:
+        from smalti.training.generator_run import check_before_its_tokenizer
+
+        its_tokenizer = compose("train", first["tokenizer_path"][0], config_dir).config
+        check_before_its_tokenizer(composed.config, its_tokenizer)
     for key, (needed, _) in first.items():
         print(f"{key} is not given: {needed[0]} is trained first (give {key}=DIR to use an export)", flush=True)
         train_once(needed, config_dir)
@@ -81,7 +87,7 @@ def needed_first(
     config = composed.config
     first: dict[str, tuple[list[str], str]] = {}
     for key, needed in (config.get("requires") or {}).items():
-        if config.get(key) is not None:
+        if config.get(key) is not None or (key == "tokenizer_path" and _holds_tokens(config.data.path)):
             continue
         scale, name = composed.choices.get("scale"), needed["experiment"]
         if scale != "tiny" or config.trainer.devices not in (1, "1", "auto") or runs.processes() > 1:
@@ -95,3 +101,12 @@ def needed_first(
         folder = runs.folder_of(compose("train", needed_overrides, config_dir))
         first[key] = needed_overrides, str(folder / "export")
     return first
+
+
+def _holds_tokens(path: Any) -> bool:
+    """Whether `data.path` names token shards."""
+    if path is None or "://" in str(path):
+        return False
+    from smalti.data.tokens import holds_tokens
+
+    return holds_tokens(path)

@@ -172,28 +172,31 @@ def measure(
     return report
 
 
-def load_tokenizer(model_path: str, teacher_path: str | None) -> Tokenizer:
-    """The exported tokenizer, ready to make pixels: with its teacher, where it predicts that one's codes."""
+def load_tokenizer(model_path: str, teacher_path: str | None, key: str = "model_path") -> Tokenizer:
+    """The exported tokenizer, ready to make pixels: with its teacher, where it predicts that one's codes.
+
+    key: the config's name of the path, for messages.
+    """
     tokenizer = Tokenizer.from_pretrained(model_path)
     if tokenizer.spec.condition != "none":
         raise UserError(
-            f"model_path={model_path} decodes with {tokenizer.spec.condition} beside the tokens, which evaluate.py has "
-            "not; use smalti.load(…).decode(tokens, text=…) in Python"
+            f"{key}={model_path} decodes with {tokenizer.spec.condition} beside the tokens, which is not at hand "
+            "here; use smalti.load(…).decode(tokens, text=…) in Python"
         )
     attach: Callable[[Tokenizer], None] | None = getattr(tokenizer, "attach_teacher", None)
     predicts_codes = getattr(tokenizer, "head", None) == "codes"
     if predicts_codes and teacher_path is None:
         raise UserError(
-            f"teacher_path=null but model_path={model_path} is a stage-1 model, which predicts codes and no pixels; "
+            f"teacher_path=null but {key}={model_path} is a stage-1 model, which predicts codes and no pixels; "
             "give teacher_path=DIR, the tokenizer whose codes it was trained on"
         )
     if teacher_path is not None:
         if attach is None or not predicts_codes:
-            raise UserError(f"teacher_path={teacher_path} is not needed: model_path={model_path} makes pixels itself")
+            raise UserError(f"teacher_path={teacher_path} is not needed: {key}={model_path} makes pixels itself")
         try:
             attach(Tokenizer.from_pretrained(teacher_path))
         except (ValueError, AttributeError) as error:
-            raise UserError(f"teacher_path={teacher_path} does not fit model_path={model_path}: {error}") from error
+            raise UserError(f"teacher_path={teacher_path} does not fit {key}={model_path}: {error}") from error
     return tokenizer.eval()
 
 
@@ -212,6 +215,7 @@ def data_for(tokenizer: Tokenizer, cfg: Mapping[str, Any]) -> DataModule:
         raise UserError(f"data.batch_size={data['batch_size']} is of training; use batch_size={data['batch_size']}")
     module = instantiate({**data, "image_size": size, "resize": None, "batch_size": cfg["batch_size"]}, "data")
     assert isinstance(module, DataModule)
+    module.need_images()
     return module
 
 

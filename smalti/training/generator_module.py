@@ -7,7 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from smalti.errors import UserError
 from smalti.generators.base import Condition, Generator
+from smalti.registry import describe
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.spec import Tokens
@@ -67,6 +69,23 @@ class GeneratorModule(TrainingModule):
 
     def frozen_names(self) -> list[str]:
         return [] if self.tokenizer is None else [f"tokenizer.{name}" for name in self.tokenizer.state_dict()]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also how to build the generator: its tokens and classes come from the tokenizer and the data."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["generator"] = {
+            "model": describe(self.generator),
+            "tokenizer": self.generator.metadata.get("tokenizer"),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        before, now = checkpoint["generator"]["tokenizer"], self.generator.metadata.get("tokenizer")
+        if before and now and before["fingerprint"] != now["fingerprint"]:
+            raise UserError(
+                f"the run was begun with tokenizer {before['fingerprint'][:16]} ({before['path']}), but this one is "
+                f"{now['fingerprint'][:16]} ({now['path']}); give the former, or start a new run: resume=never"
+            )
 
     def train(self, mode: bool = True) -> GeneratorModule:
         """The tokenizer stays in evaluation mode."""

@@ -13,29 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from smalti import runs
 from smalti.data.module import DataModule
-from smalti.errors import UserError
-from smalti.evaluation.lengths import chosen_lengths
-from smalti.instantiate import instantiate
-from smalti.objectives.base import Objective
-from smalti.objectives.codes import ProxyCodeObjective
-from smalti.tokenizers.base import Tokenizer
-from smalti.tokenizers.spec import TokenSpec
-from smalti.tokenizers.titok import TiTok
+from smalti.training import generator_run, tokenizer_run
 from smalti.training.callbacks.checkpointing import Checkpointing
 from smalti.training.callbacks.metrics_csv import MetricsCsv
 from smalti.training.callbacks.progress import ProgressBar
 from smalti.training.callbacks.signals import Signals
-from smalti.training.callbacks.validation import Pictures, Validation
 from smalti.training.checkpoint import newest_good
-from smalti.training.draws import seed_of
-from smalti.training.ema import EMAConfig
-from smalti.training.initialise import initialise
 from smalti.training.loggers import build_loggers, close
 from smalti.training.loop import build_trainer, fit
-from smalti.training.optim import OptimConfig
-from smalti.training.tokenizer_module import TokenizerModule
-
-PICTURED = 8  # validation images in a picture
+from smalti.training.prepared import Prepared
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -49,25 +35,12 @@ def train(config: DictConfig) -> dict[str, float]:
     world_size = runs.processes() if runs.processes() > 1 else devices * trainer_settings["num_nodes"]
     share = {"accumulate": trainer_settings["accumulate"], "world_size": world_size}
 
-    tokenizer, objective = build_models(config)
-    data: DataModule = instantiate(config.data, "data")
-    data.check(**share)
-    lengths = validated_lengths(settings["validation"]["lengths"], tokenizer.spec)
-
+    prepare = tokenizer_run.prepare if config.generator is None else generator_run.prepare
+    prepared = prepare(config, settings, share)
+    module, data = prepared.module, prepared.data
     folder = Path(config.run)
     if runs.rank() == 0:
         runs.create(config)
-    module = TokenizerModule(
-        tokenizer,
-        objective,
-        OptimConfig(**settings["optimizer"]),
-        max_steps=trainer_settings["max_steps"],
-        ema=EMAConfig(**settings["ema"]),
-        accumulate=share["accumulate"],
-        seed=config.seed,
-        nan_limit=trainer_settings["nan_limit"],
-        compile=trainer_settings["compile"],
-    )
     metrics = MetricsCsv(folder / "metrics.csv", settings["logger"]["every"])
     trainer = build_trainer(
         max_steps=trainer_settings["max_steps"],
@@ -76,7 +49,7 @@ def train(config: DictConfig) -> dict[str, float]:
         devices=devices,
         num_nodes=trainer_settings["num_nodes"],
         loggers=build_loggers(settings["logger"], folder, settings),
-        callbacks=_callbacks(settings, folder, data, share, metrics, lengths),
+        callbacks=_callbacks(settings, folder, prepared, metrics),
     )
 
     def train_loader(start: int) -> Iterable[Any]:
@@ -90,40 +63,9 @@ def train(config: DictConfig) -> dict[str, float]:
     results = last_figures(folder / "metrics.csv") if trainer.is_global_zero else {}
     if trainer.is_global_zero:
         module.averaged.save_pretrained(folder / "export", metadata=card(settings, data, results, folder))
-        print(f"reconstructions: {newest_picture(folder)}\nexport: {folder / 'export'}", flush=True)
+        pictures = "" if prepared.shows is None else f"{prepared.shows}: {newest_picture(folder)}\n"
+        print(f"{pictures}export: {folder / 'export'}", flush=True)
     return results
-
-
-def build_models(config: DictConfig) -> tuple[Tokenizer, Objective]:
-    """The tokenizer, started from `init_path` (and, in stage 2, the teacher) where given, and the objective.
-
-    Fresh weights depend on the seed and on the module's own config alone.
-    """
-    torch.manual_seed(seed_of("tokenizer", config.seed))
-    tokenizer: Tokenizer = instantiate(config.tokenizer, "tokenizer")
-    if config.init_path is not None:
-        for note in initialise(tokenizer, config.init_path, teacher_path=config.teacher_path):
-            print(f"init_path={config.init_path}: {note}", flush=True)
-    torch.manual_seed(seed_of("objective", config.seed))
-    objective: Objective = instantiate(config.objective, "objective")
-    for note in objective.meet(tokenizer):
-        print(note, flush=True)
-    if isinstance(objective, ProxyCodeObjective) and isinstance(tokenizer, TiTok):
-        teacher, side = objective.teacher(torch.device("cpu")).spec, tokenizer.decoder.grid
-        if (teacher.codebook_size, teacher.grid) != (tokenizer.decoder.proxy_codebook_size, (side, side)):
-            raise UserError(
-                f"teacher_path={config.teacher_path} gives {teacher.length} tokens of {teacher.codebook_size} codes "
-                f"(grid {teacher.grid}), but this model predicts {side} × {side} of "
-                f"{tokenizer.decoder.proxy_codebook_size}; give the teacher of this recipe and image size"
-            )
-    return tokenizer, objective
-
-
-def validated_lengths(given: int | str | list[int] | None, spec: TokenSpec) -> list[int]:
-    """Numbers of tokens at which a run is validated: `auto` is 1, 2, 4, … where prefixes can be decoded, else none."""
-    if given is None or (given == "auto" and not spec.prefix_decodable):
-        return []
-    return chosen_lengths(given, spec, "validation.lengths", every="auto")
 
 
 def device_count(devices: int | str) -> int:
@@ -135,12 +77,11 @@ def card(settings: dict[str, Any], data: DataModule, results: dict[str, float], 
     """What an export says of its making; the keys are those of `smalti.exports.METADATA`."""
     experiment, scale, steps = settings["experiment"], settings["scale"], settings["trainer"]["max_steps"]
     picture = newest_picture(folder)
-    crop = "ADM centre crop" if data.crop == "adm" else "shorter side resized (bicubic, antialiased), centre crop"
     return {
         "title": f"{experiment} ({scale}) after {steps} steps",
         "source": f"python train.py experiment={experiment} scale={scale}, run {'/'.join(folder.parts[-2:])}",
         "training_data": data.describe(),
-        "preprocessing": f"RGB in [0, 1], {crop}, {data.image_size} px",
+        "preprocessing": data.preprocessing(),
         "results": results,
         "picture": None if picture is None else str(picture),
     }
@@ -158,29 +99,9 @@ def newest_picture(folder: Path) -> Path | None:
     return max((folder / "images").glob("step-*.png"), default=None)
 
 
-def _callbacks(
-    settings: dict[str, Any],
-    folder: Path,
-    data: DataModule,
-    share: dict[str, int],
-    metrics: MetricsCsv,
-    lengths: list[int],
-) -> list[pl.Callback]:
+def _callbacks(settings: dict[str, Any], folder: Path, prepared: Prepared, metrics: MetricsCsv) -> list[pl.Callback]:
     """In the order in which they act at a step's end."""
-    every, images = settings["validation"]["every"], settings["validation"]["images"]
-
-    def validation_batches() -> Iterable[dict[str, Any]]:
-        return data.validation_loader(images=images, rank=runs.rank(), **share)
-
-    pictured = next(iter(data.validation_loader(images=PICTURED)))["image"]
     checkpointing = Checkpointing(
         folder / "checkpoints", settings["checkpoint"]["every"], settings["checkpoint"]["keep"]
     )
-    return [
-        Validation(validation_batches, every, lengths=lengths, length_images=settings["validation"]["length_images"]),
-        Pictures(pictured, folder / "images", every, lengths),
-        metrics,
-        checkpointing,
-        Signals(checkpointing),
-        ProgressBar(metrics),
-    ]
+    return [*prepared.measuring(), metrics, checkpointing, Signals(checkpointing), ProgressBar(metrics)]

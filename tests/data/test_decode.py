@@ -97,10 +97,21 @@ def test_pickles_are_never_decoded():
             return pytest.fail, ("a pickle was executed",)
 
     data = pickle.dumps(Trap())
-    for kind in ("pyd", "pkl", "pickle", "pth", "npy", "ten", "x.pyd"):
+    for kind in ("pyd", "pkl", "pickle", "pth", "ten", "x.pyd"):
         assert not decodable(kind)
         with pytest.raises(ValueError, match="not decoded"):
             decode_member(kind, data)
+
+
+def test_arrays_of_numbers_are_decoded_and_arrays_of_objects_are_not():
+    file = io.BytesIO()
+    np.save(file, np.arange(6, dtype=np.uint16).reshape(2, 3))
+    assert np.array_equal(decode_member("npy", file.getvalue()), [[0, 1, 2], [3, 4, 5]])
+    file = io.BytesIO()
+    np.save(file, np.array([{"a": 1}]), allow_pickle=True)
+    for data in (file.getvalue(), pickle.dumps({"a": 1})):
+        with pytest.raises(ValueError, match="[Pp]ickle"):
+            decode_member("npy", data)
 
 
 def test_text_numbers_and_json_are_decoded():

@@ -18,7 +18,7 @@ from smalti.train import train_once
 from smalti.training.callbacks.progress import _numbers
 from smalti.training.callbacks.validation import Validation
 from smalti.training.draws import seed_of
-from smalti.training.run import validated_lengths
+from smalti.training.tokenizer_run import validated_lengths
 
 
 def images(count: int) -> torch.Tensor:

@@ -103,7 +103,10 @@ class ProgressBar(pl.Callback):
 def _numbers(row: dict[str, float]) -> str:
     """The loss and its terms, then what was validated (PSNR by number of tokens in one), then skipped steps, if any."""
     shown = {name.removeprefix("loss/"): value for name, value in row.items() if name.split("/")[0] == "loss"}
-    shown |= {name.removeprefix("validation/"): value for name, value in row.items() if name.startswith("validation/")}
+    for name, value in row.items():
+        kind, _, figure = name.partition("/")
+        if kind == "validation":
+            shown[f"validation {figure}" if figure in shown else figure] = value
     by_length = {name.removeprefix("psnr@"): shown.pop(name) for name in list(shown) if name.startswith("psnr@")}
     if row.get("skipped"):
         shown["skipped"] = row["skipped"]

@@ -1,0 +1,169 @@
+"""A run that trains a generator: its tokens' tokenizer or shards, the classes of its data, what is measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from smalti import runs
+from smalti.data.module import DataModule
+from smalti.data.tokens import holds_tokens
+from smalti.errors import UserError
+from smalti.evaluation.run import load_tokenizer
+from smalti.generators.base import Generator
+from smalti.instantiate import instantiate
+from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.spec import TokenSpec
+from smalti.training.callbacks.generation import Samples, ValidationLoss
+from smalti.training.draws import seed_of
+from smalti.training.ema import EMAConfig
+from smalti.training.generator_module import GeneratorModule
+from smalti.training.optim import OptimConfig
+from smalti.training.prepared import Prepared
+
+SAMPLES = 16  # in a picture
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where tokens come from. origin: path (None: unknown) and fingerprint of the tokenizer, for exports."""
+
+    spec: TokenSpec
+    data: DataModule
+    tokenizer: Tokenizer | None
+    origin: dict[str, Any]
+
+
+def prepare(config: DictConfig, settings: dict[str, Any], share: dict[str, int]) -> Prepared:
+    """The run that a config asks for; raises UserError for what cannot work."""
+    source = open_source(config, share)
+    torch.manual_seed(seed_of("generator", config.seed))
+    generator = build(config, source.spec, source.data)
+    generator.metadata["tokenizer"] = source.origin
+    if config.init_path is not None:
+        initialise(generator, config.init_path)
+    trainer = settings["trainer"]
+    module = GeneratorModule(
+        generator,
+        OptimConfig(**settings["optimizer"]),
+        tokenizer=source.tokenizer,
+        max_steps=trainer["max_steps"],
+        ema=None if settings["ema"] is None else EMAConfig(**settings["ema"]),
+        accumulate=share["accumulate"],
+        seed=config.seed,
+        nan_limit=trainer["nan_limit"],
+        compile=trainer["compile"],
+    )
+    every, images = settings["validation"]["every"], settings["validation"]["images"]
+
+    def batches() -> Iterable[dict[str, Any]]:
+        return source.data.validation_loader(images=images, rank=runs.rank(), **share)
+
+    def measuring() -> list[pl.Callback]:
+        pictures = [] if source.tokenizer is None else [Samples(SAMPLES, Path(config.run) / "images", every)]
+        return [ValidationLoss(batches, every), *pictures]
+
+    return Prepared(module, source.data, measuring, None if source.tokenizer is None else "samples")
+
+
+def open_source(config: DictConfig, share: Mapping[str, int]) -> Source:
+    """Images with the tokenizer that `tokenizer_path` names, or token shards, which that must have made."""
+    path = config.tokenizer_path
+    if path is None and (config.data.path is None or not holds_tokens(config.data.path)):
+        raise UserError(
+            "tokenizer_path is required: an export of the tokenizer whose tokens the generator learns (train.py or "
+            "export.py make one); or give data.path=DIR of token shards, which encode.py makes"
+        )
+    tokenizer = None if path is None else load_tokenizer(path, config.teacher_path, key="tokenizer_path")
+    data = build_data(config, None if tokenizer is None else tokenizer.spec)
+    data.check(**share)
+    if data.tokens is None:
+        assert tokenizer is not None
+        return Source(
+            tokenizer.spec, data, tokenizer, {"path": _absolute(path), "fingerprint": tokenizer.fingerprint()}
+        )
+    theirs = data.tokens["tokenizer"]
+    if tokenizer is not None and (own := tokenizer.fingerprint()) != theirs["fingerprint"]:
+        raise UserError(
+            f"data.path={config.data.path} has tokens of tokenizer {theirs['fingerprint'][:16]}, but "
+            f"tokenizer_path={path} is {own[:16]}; give the one that made them, or encode the images with this one"
+        )
+    where = theirs.get("path") if path is None else _absolute(path)
+    spec = TokenSpec.from_dict(theirs["spec"])
+    return Source(spec, data, tokenizer, {"path": where, "fingerprint": theirs["fingerprint"]})
+
+
+def build_data(config: DictConfig, spec: TokenSpec | None) -> DataModule:
+    """The data of a run. Images have the tokenizer's size; raises UserError where another one was typed."""
+    size = config.data.image_size
+    if spec is not None and size not in (None, spec.image_size):
+        raise UserError(
+            f"data.image_size={size}, but tokenizer_path={config.tokenizer_path} takes images of {spec.image_size}; "
+            "leave data.image_size out"
+        )
+    settings = OmegaConf.to_container(config.data, resolve=True)
+    assert isinstance(settings, dict)
+    if size is None:  # without a tokenizer the data must be token shards, where it has no effect
+        settings["image_size"] = settings["resize"] or 1 if spec is None else spec.image_size
+    data = instantiate(settings, "data")
+    assert isinstance(data, DataModule)
+    return data
+
+
+def build(config: DictConfig, spec: TokenSpec, data: DataModule) -> Generator:
+    """The generator with fresh weights, for these tokens and the classes of the data.
+
+    generator.num_classes: null takes the data's, 0 is none. Raises UserError for tokens that it cannot model, and for
+    labels that it would not know.
+    """
+    settings = OmegaConf.to_container(config.generator, resolve=True)
+    assert isinstance(settings, dict)
+    given = settings.get("num_classes")
+    if "num_classes" in settings and given != 0:
+        largest = data.largest_label()
+        if given is not None and largest >= given:
+            where = config.data.path or "the embedded shapes"
+            raise UserError(
+                f"generator.num_classes={given}, but {where} has labels up to {largest}; use {largest + 1}, or null"
+            )
+        settings["num_classes"] = given if given is not None or largest < 0 else largest + 1
+    elif given == 0:
+        settings["num_classes"] = None
+    generator = instantiate(settings, "generator", tokens=spec.to_dict())
+    if not isinstance(generator, Generator):
+        raise UserError(f"generator._target_={settings['_target_']} is no generator; pick one, such as generator=gpt")
+    return generator
+
+
+def check_before_its_tokenizer(config: DictConfig, needed: DictConfig) -> None:
+    """Refuse what cannot work before the tokenizer is trained that `needed` describes."""
+    if any(needed.get(key) is None for key in needed.get("requires") or {}):
+        return  # it cannot be built before another run has ended
+    tokenizer = instantiate(needed.tokenizer, "tokenizer")
+    build(config, tokenizer.spec, build_data(config, tokenizer.spec))
+
+
+def initialise(generator: Generator, path: str) -> None:
+    """Load the weights of an export of the same generator; raises UserError for another one."""
+    source = Generator.from_pretrained(path)
+    own, given = generator.state_dict(), source.state_dict()
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (own, given)]
+    different = sorted(name for name in own.keys() | given.keys() if shapes[0].get(name) != shapes[1].get(name))
+    if type(source) is not type(generator) or different:
+        name = different[0] if different else ""
+        why = f": {name} is {shapes[1].get(name)} there and {shapes[0].get(name)} here" if name else ""
+        raise UserError(
+            f"init_path={path} holds a {type(source).__name__}{why}; give a generator of the same kind and size"
+        )
+    generator.load_state_dict(given)
+
+
+def _absolute(path: str) -> str:
+    """A folder as it is found from anywhere; the id of a repository as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
