@@ -16,6 +16,7 @@ from smalti.errors import Stopped, UserError
 from smalti.training.checkpoint import list_checkpoints, step_of
 
 GAN = {"gan": 6, "accumulate": 2}
+GENERATOR = {"generator": True, "accumulate": 2}
 
 
 class Break(pl.Callback):
@@ -34,7 +35,7 @@ def broken_run(folder: Path, at: int, **options: Any) -> None:
         tiny_run(folder, extra=[Break(at)], **options)
 
 
-@pytest.mark.parametrize("options", [{}, GAN], ids=["plain", "gan"])
+@pytest.mark.parametrize("options", [{}, GAN, GENERATOR], ids=["plain", "gan", "generator"])
 @pytest.mark.parametrize("at", [1, 9, 10, 20])
 def test_a_run_that_broke_at_a_step_and_was_started_again_equals_one_that_did_not(
     tmp_path: Path, assert_same_run: Any, at: int, options: dict[str, Any]
@@ -54,7 +55,7 @@ def test_titok_goes_on_where_it_broke_in_every_form(tmp_path: Path, assert_same_
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("options", [{}, GAN], ids=["plain", "gan"])
+@pytest.mark.parametrize("options", [{}, GAN, GENERATOR], ids=["plain", "gan", "generator"])
 def test_a_run_stopped_by_a_signal_between_checkpoints_and_rows_loses_nothing(
     tmp_path: Path, assert_same_run: Any, options: dict[str, Any]
 ) -> None:
@@ -114,7 +115,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("moment", "options"), [(i, GAN if i == 4 else {}) for i in range(5)])
+@pytest.mark.parametrize(("moment", "options"), [(i, {3: GENERATOR, 4: GAN}.get(i, {})) for i in range(5)])
 def test_a_run_killed_at_a_random_moment_and_started_again_equals_one_that_was_not(
     tmp_path: Path, processes: Any, wait_for: Any, assert_same_run: Any, moment: int, options: dict[str, Any]
 ) -> None:

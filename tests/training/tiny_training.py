@@ -116,7 +116,7 @@ class TinyImages(Dataset[dict[str, Any]]):
         image = torch.randint(0, 255, (3, SIDE, SIDE), generator=generator("tiny", index), dtype=torch.uint8)
         if index in self.poisoned:
             image.fill_(255)
-        return {"image": image, "label": -1, "key": f"{index:06d}"}
+        return {"image": image, "label": index % 4 - 1, "key": f"{index:06d}"}
 
 
 class FromStart:
@@ -217,41 +217,54 @@ def tiny_run(
     sleep_s: float = 0.0,
     stop_at: int | None = None,
     titok: str | None = None,
+    generator: bool = False,
+    ema: bool = True,
     workers: int = 0,
     stream: Any = None,
     checkpoint: Path | None = None,
 ) -> Any:
-    """Train in `folder`, going on from `checkpoint` or its newest one; gives the TokenizerModule.
+    """Train in `folder`, going on from `checkpoint` or its newest one; gives the module.
 
-    Each process leaves the module's state in rank-<number>.pt.
+    generator: train a ToyGenerator on the tokens of a frozen TiTok instead of a tokenizer. Each process leaves the
+    module's state in rank-<number>.pt.
     """
+    from toy_generator import ToyGenerator
+
     from smalti.training.callbacks.checkpointing import Checkpointing
+    from smalti.training.callbacks.generation import Samples, ValidationLoss
     from smalti.training.callbacks.metrics_csv import MetricsCsv
     from smalti.training.callbacks.progress import ProgressBar
     from smalti.training.callbacks.signals import Signals
     from smalti.training.callbacks.validation import Validation
     from smalti.training.checkpoint import newest_good
     from smalti.training.ema import EMAConfig
+    from smalti.training.generator_module import GeneratorModule
     from smalti.training.loop import build_trainer, fit
+    from smalti.training.module import TrainingModule
     from smalti.training.optim import OptimConfig
     from smalti.training.tokenizer_module import TokenizerModule
 
     torch.manual_seed(0)
-    module = TokenizerModule(
-        *(tiny_titok(titok, gan) if titok else (TinyTokenizer(dropout=dropout, noise=noise), TinyObjective(gan))),
-        OptimConfig(lr=lr, discriminator_lr=lr / 2, warmup_steps=3, weight_decay=0.05, clip=clip),
-        max_steps=max_steps,
-        ema=EMAConfig(0.9),
-        accumulate=accumulate,
-        seed=7,
-        nan_limit=nan_limit,
-        compile=compile,
-    )
+    optimizer = OptimConfig(lr=lr, discriminator_lr=lr / 2, warmup_steps=3, weight_decay=0.05, clip=clip)
+    options: dict[str, Any] = {"accumulate": accumulate, "seed": 7, "nan_limit": nan_limit, "compile": compile}
+    options |= {"max_steps": max_steps, "ema": EMAConfig(0.9) if ema else None}
+    measuring: list[pl.Callback] = []
+    module: TrainingModule
+    if generator:
+        tokenizer = tiny_titok("pixels", None)[0]
+        toy = ToyGenerator(
+            tokens=tokenizer.spec.to_dict(), num_classes=3, dropout=dropout, label_dropout=0.3 if noise else 0.0
+        )
+        module = GeneratorModule(toy, optimizer, tokenizer=tokenizer, **options)
+        measuring = [ValidationLoss(lambda: tiny_loader(2, 4, 0), every=5), Samples(4, folder / "images", every=10)]
+    else:
+        kind = tiny_titok(titok, gan) if titok else (TinyTokenizer(dropout=dropout, noise=noise), TinyObjective(gan))
+        module = TokenizerModule(*kind, optimizer, **options)
+        measuring = [Validation(lambda: tiny_loader(2, 4, 0), every=5)]
     folder.mkdir(parents=True, exist_ok=True)
     checkpointing = Checkpointing(folder / "checkpoints", checkpoint_every)
     metrics = MetricsCsv(folder / "metrics.csv", log_every)
-    validation = Validation(lambda: tiny_loader(2, 4, 0), every=5)
-    callbacks: list[pl.Callback] = [*extra, validation, metrics, checkpointing]
+    callbacks: list[pl.Callback] = [*extra, *measuring, metrics, checkpointing]
     callbacks += [Signals(checkpointing), ProgressBar(metrics, stream=stream)]
     if stop_at is not None:
         callbacks.insert(0, SignalAt(stop_at))
