@@ -180,7 +180,43 @@ def rar(width: int, depth: int, mlp_width: int, temperature: float, guidance: fl
     }  # fmt: skip
 
 
+GPT = {  # llamagen fact sheet (FoundationVision/LlamaGen@ce98ec4), sections 2 and 4
+    "generator.condition_rope": "zero", "generator.rope_base": 10000, "generator.positions": "rope",
+    "generator.kv_heads": None, "generator.hidden": None, "generator.norm_eps": 1e-5, "generator.drop_path": 0.0,
+    "generator.label_dropout": 0.1, "generator.token_dropout": 0.1, "generator.residual_dropout": 0.1,
+    "generator.mlp_dropout": 0.1, "generator.sampling.temperature": 1.0, "generator.sampling.top_p": 1.0,
+    "generator.sampling.guidance_schedule": "constant", "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.05, "optimizer.no_decay": [], "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0, "optimizer.clip": 1.0, "ema": None, "trainer.precision": "bf16-mixed",
+}  # fmt: skip
+
+
+def gpt(width: int, depth: int, heads: int, batch: int, lr: float, guidance: float, side: int) -> dict[str, Any]:
+    """A size of LlamaGen's by class: sections 2.5, 4.1 and 6.1; crops at random stand for the published ten."""
+    return {
+        **GPT, "data.crop": "random", "data.flip": True, "data.resize": int(1.1 * side), "data.batch_size": batch,
+        "trainer.max_steps": 300 * (1_281_167 // batch), "optimizer.lr": lr, "generator.width": width,
+        "generator.depth": depth, "generator.heads": heads, "generator.sampling.guidance": guidance,
+        "generator.sampling.top_k": None,
+    }  # fmt: skip
+
+
 GENERATORS = {
+    "gpt": gpt(768, 12, 12, 256, 1e-4, 2.0, 256),
+    "gpt_l": gpt(1024, 24, 16, 256, 1e-4, 1.75, 256),
+    "gpt_xl": gpt(1280, 36, 20, 256, 2e-4, 1.75, 384),
+    "gpt_xxl": gpt(1536, 48, 24, 512, 2e-4, 1.75, 384),
+    "gpt_3b": gpt(3200, 24, 32, 512, 2e-4, 1.65, 384),
+    "gpt_t2i": {  # section 4.2; batch and steps are not published
+        **GPT, "optimizer.lr": 1e-4, "generator.width": 1280, "generator.depth": 36, "generator.heads": 20,
+        "generator.text_dim": 2048, "generator.text_length": 120, "generator.null_text": "fixed", "data.crop": "center",
+        "data.flip": False, "generator.sampling.guidance": 7.5, "generator.sampling.top_k": 1000,
+    },
+    "flextok_ar": {  # flextok fact sheet, section 8; its training is not published
+        "generator.width": 1792, "generator.depth": 28, "generator.heads": 28, "generator.label_dropout": 0.1,
+        "generator.sampling.guidance": 1.5, "generator.sampling.temperature": 1.0, "generator.sampling.top_k": None,
+        "generator.sampling.top_p": 1.0, "generator.sampling.null_class": "none",
+    },
     "maskgit": {
         **MASKGIT, "generator.body": "uvit", "generator.width": 1024, "generator.depth": 20,
         "generator.mlp_width": 4096, "generator.sampling.steps": 64, "generator.sampling.temperature": 2.8,
