@@ -1,7 +1,8 @@
 """Masked decoding: all tokens are unknown at first; each step predicts the unknown ones and keeps the surest.
 
 One loop; a method is its four parts:
-  predictor  (tokens, masked, step) -> Prediction   tokens for the masked positions (its random numbers are its own)
+  predictor  (tokens, masked, step) -> Prediction   tokens for the masked positions; its random numbers are its own, and
+                                                    so is what it may keep from one step to the next
   schedule   (left, step) -> int                    how many of `left` masked positions stay masked
   scorer     (prediction, step) -> (b, n)           how sure each predicted token is; larger is surer
   rule       (scores, masked, count) -> (b, n) bool which positions stay masked: `count` of each sample
