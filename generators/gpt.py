@@ -140,6 +140,8 @@ class GPT(AutoregressiveGenerator):
         self, tokens: Tokens, condition: Condition, draws: Draws, weight: Tensor | None = None
     ) -> GeneratorOutput:
         """Cross-entropy of every token that is kept. weight: (b,) of each sample's tokens; None: all count alike."""
+        if isinstance(self.condition, TextCondition) and condition.features is None:
+            raise ValueError("no text features in this batch: this generator learns from them; set text_dim=null")
         indices = indices_of(tokens, self.spec)
         logits = self.logits(indices, condition, draws["drop"] < self.label_dropout)
         return GeneratorOutput({"cross_entropy": cross_entropy(logits, indices, tokens.lengths, weight)})

@@ -329,6 +329,29 @@ def test_conditions_and_lengths_that_it_does_not_have_are_refused(kind: type[Any
         model.generate(Condition(features=torch.zeros(3, 2, 6)), seeds=SEEDS)
 
 
+@pytest.mark.parametrize("kind", [GPT, FlexTokAR])
+def test_a_generator_by_text_does_not_learn_without_any(kind: type[Any]) -> None:
+    model = gpt(LINE, kind, num_classes=None, text_dim=6)
+    with pytest.raises(ValueError, match="no text features in this batch"):
+        model(Tokens.full(None, torch.zeros(1, 8).long()), Condition(), {"drop": torch.ones(1)})
+    with pytest.raises(ValueError, match="labels given, but this generator takes text"):
+        model.logits(torch.zeros(3, 8).long(), Condition(labels=LABELS))
+    assert model.generate(Condition(), seeds=SEEDS).indices.shape == (3, 8)  # pictures of nothing said
+
+
+@pytest.mark.parametrize("kind", [GPT, FlexTokAR])
+def test_a_generator_in_bfloat16_or_under_autocast_writes_tokens(kind: type[Any]) -> None:
+    model = gpt(LINE, kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(
+            Tokens.full(None, torch.zeros(3, 8).long()), Condition(labels=LABELS), {"drop": torch.ones(3)}
+        ).loss
+        made = model.generate(Condition(labels=LABELS), seeds=SEEDS, sampling={"guidance": 2.0})
+    assert loss.dtype == torch.float32 and made.indices.shape == (3, 8)
+    half = model.bfloat16().generate(Condition(labels=LABELS), seeds=SEEDS, sampling={"guidance": 2.0})
+    assert half.indices.shape == (3, 8)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
