@@ -16,6 +16,7 @@ from PIL import Image
 from sample_images import picture, samples
 from torch.utils.data import DataLoader
 
+from smalti.data import augment
 from smalti.data.decode import decode_image
 from smalti.data.module import DataModule
 from smalti.data.shards import write_image_folder, write_shards
@@ -143,6 +144,18 @@ def test_crops_and_flips_change_with_the_epoch_and_not_with_the_batch_size(shard
     assert np.mean([torch.equal(first[key], second[key]) for key in first]) < 0.3
 
 
+def test_adms_random_crop_trains_on_its_draws_and_validates_on_adms_centre(shard_folder):
+    data = module(shard_folder, resize=None, crop="adm_random", flip=False, seed=3)
+    batch = next(iter(data.train_loader()))
+    numbers = {data.train.source.key(n): n for n in data.train.samples.tolist()}
+    for key, image in zip(batch["key"], batch["image"], strict=True):
+        decoded = decode_image(data.train.source.read(numbers[key]).image)
+        cut = augment.adm_random_crop(decoded, 16, augment.draw(3, 0, numbers[key]))
+        assert np.array_equal(image.numpy().transpose(1, 2, 0), cut)
+    centre = next(iter(module(shard_folder, resize=None, crop="adm").validation_loader()))
+    assert equal(next(iter(data.validation_loader())), centre)
+
+
 # Splits
 
 
@@ -245,10 +258,11 @@ def test_the_description_names_the_data_but_no_place_on_this_machine(tmp_path, s
         ({"workers": True}, "data.workers=True must be"),
         ({"seed": "x"}, "data.seed=x must be"),
         ({"size": 0}, "data.size=0 must be"),
-        ({"crop": "centre"}, "data.crop=centre is not one of random, center, adm; did you mean 'center'?"),
+        ({"crop": "centre"}, "data.crop=centre is not one of random, center, adm, adm_random; did you mean 'center'?"),
         ({"remainder": "keep"}, "data.remainder=keep is not one of drop, pad"),
         ({"resize": 10}, "data.resize=10 is smaller than data.image_size=16; use null or more"),
         ({"resize": 18, "crop": "adm"}, "data.resize=18 has no effect with data.crop=adm"),
+        ({"resize": 18, "crop": "adm_random"}, "data.resize=18 has no effect with data.crop=adm_random"),
         ({"val_fraction": 1.0}, "data.val_fraction=1.0 must lie between 0 and 1"),
     ],
 )
