@@ -283,15 +283,20 @@ class DataModule:
         )
 
     def _loader(self, samples: Samples, batches: Any) -> DataLoader[dict[str, Any]]:
-        return DataLoader(
-            samples,
-            batch_sampler=batches,
-            num_workers=self.workers,
-            collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals_to_the_run,
-            generator=torch.Generator(),  # the loader draws a seed for its workers; not from the global generator
-        )
+        return loader_of(samples, batches, self.workers)
+
+
+def loader_of(samples: Samples, batches: Any, workers: int) -> DataLoader[dict[str, Any]]:
+    """A loader of these batches (of `order.Batch`), in worker processes if there are any."""
+    return DataLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_the_run,
+        generator=torch.Generator(),  # the loader draws a seed for its workers; not from the global generator
+    )
 
 
 def hold_out(source: Source, fraction: float) -> tuple[Split, Split]:

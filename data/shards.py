@@ -255,21 +255,27 @@ def write_image_folder(
     order = np.argsort(np.random.PCG64(seed).random_raw(len(images)), kind="stable")
 
     def samples() -> Iterator[dict[str, Any]]:
-        taken: set[str] = set()
-        for number in order.tolist():
+        for number, key in zip(order.tolist(), keys_for_shards(images, order), strict=True):
             sample = images.read(number)
             kind, data = os.path.splitext(images.place(number))[1][1:].lower(), sample.image
             if kind not in IMAGE_TYPES:
                 kind, data = "png", _png(decode_image(data))
-            path, _, stem = images.key(number).rpartition("/")
-            stem = stem.replace(".", "_")
-            key = f"{path}/{stem}" if path else stem
-            while key in taken:  # a.jpg beside a.png
-                key += "_"
-            taken.add(key)
             yield {"__key__": key, kind: data} | ({"cls": sample.label} if sample.label >= 0 else {})
 
     return write_shards(folder, samples(), samples_per_shard=samples_per_shard, name=name, classes=images.classes)
+
+
+def keys_for_shards(images: FolderSource, order: np.ndarray) -> list[str]:
+    """The keys of a folder's images in a shard: their paths, without dots behind the last slash, each once."""
+    taken: dict[str, None] = {}
+    for number in order.tolist():
+        path, _, stem = images.key(number).rpartition("/")
+        stem = stem.replace(".", "_")
+        key = f"{path}/{stem}" if path else stem
+        while key in taken:  # a.jpg beside a.png
+            key += "_"
+        taken[key] = None
+    return list(taken)
 
 
 def verify(folder: str | os.PathLike[str]) -> int:

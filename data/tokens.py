@@ -139,7 +139,7 @@ def check_alike(source: Source, other: Source) -> None:
 def _check_same(folder: Path, index: dict[str, Any], other: Path, its: dict[str, Any]) -> None:
     for what, one, two in (
         ("the tokenizer", index["tokenizer"]["fingerprint"], its["tokenizer"]["fingerprint"]),
-        ("views", (index["views"], index.get("enlarge")), (its["views"], its.get("enlarge"))),
+        ("views", *([one.get(key) for key in ("views", "enlarge", "crop")] for one in (index, its))),
     ):
         if one != two:
             raise UserError(f"{other} differs from {folder} in {what}: {two} against {one}; encode both alike")

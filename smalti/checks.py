@@ -42,6 +42,7 @@ CHOICES = {
     "precision": ("32-true", "bf16-mixed"),
     "crop": ("random", "center", "adm", "adm_random"),
     "remainder": ("drop", "pad"),
+    "views": ("center", "flip", "ten_crop"),
     "reconstruction": ("l1", "l2"),
     "latent_layout": ("corrected", "legacy"),
     "head": ("pixels", "codes", "soft_codes"),
@@ -81,17 +82,25 @@ def check_evaluate(config: DictConfig) -> None:
     check_folder("output", values.get("output"))
 
 
-def check_encode(config: DictConfig) -> None:
-    """Either images to encode or files to decode, which exist; and one way at most to say how many tokens."""
+def check_encode(config: DictConfig, *, data_set: bool = False) -> None:
+    """Either images to encode or files to decode, which exist; and one way at most to say how many tokens.
+
+    data_set: whether the command line names one, whose token shards are to be written instead.
+    """
     values = _plain(config)
     _check_values(values)
     check_export("model_path", values["model_path"])
     check_export("teacher_path", values["teacher_path"])
+    if data_set:
+        _check_tokenising(values)
+        return
     image, decode, length = values["image"], values["decode"], values["length"]
     targets = {f"quality.{name}": value for name, value in values["quality"].items() if value is not None}
     shown = " and ".join(f"{key}={_show(value)}" for key, value in targets.items())
     if image is None and decode is None:
-        raise UserError("nothing to do: give image=photo.jpg (to tokens), or decode=photo.tok (and back)")
+        raise UserError(
+            "nothing to do: give image=photo.jpg (to tokens), decode=photo.tok (and back), or data.path=DIR (all of it)"
+        )
     if image is not None and decode is not None:
         raise UserError(f"image={_show(image)} and decode={_show(decode)} exclude each other; give one of them")
     key, given = ("image", image) if decode is None else ("decode", decode)
@@ -116,6 +125,24 @@ def check_encode(config: DictConfig) -> None:
         if Path(picture).suffix.lower() != ".png" or Path(picture).is_dir():
             raise UserError(f"picture={picture} must be a file that ends in .png")
         check_folder("picture", str(Path(picture).parent))
+
+
+def _check_tokenising(values: Mapping[str, Any]) -> None:
+    """A data set, its views, and a folder; nothing that is of single images."""
+    check_data(values["data"])
+    single = {key: values[key] for key in ("image", "decode", "length", "picture")}
+    single |= {f"quality.{name}": value for name, value in values["quality"].items()}
+    for key, value in single.items():
+        if value is not None:
+            raise UserError(f"{key}={_show(value)} is for single images, but data=… is given; leave one of them out")
+    if values["views"] != "ten_crop" and values["enlarge"] != [1.1]:
+        raise UserError(f"enlarge={_show(values['enlarge'])} is for views=ten_crop, not views={values['views']}")
+    if not values["enlarge"] or min(values["enlarge"]) < 1:
+        raise UserError(f"enlarge={_show(values['enlarge'])} must be numbers of at least 1, such as [1.1]")
+    output = values["output"]
+    if Path(output).suffix == ".tar":
+        raise UserError(f"output={output} must be a folder, in which the shards are written")
+    check_folder("output", output)
 
 
 def check_export_request(config: DictConfig) -> None:

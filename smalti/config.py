@@ -438,6 +438,9 @@ def _check_key(config: DictConfig, override: Override) -> None:
         if not isinstance(node, DictConfig):
             whole = ".".join(parts[:depth])
             raise UserError(f"{key}: {whole} is a value, not a section; override {whole}=… as a whole")
+        if depth and not node:
+            of = "the tokenizer is the one of tokenizer_path, as it is" if parts[0] == "tokenizer" else "it is empty"
+            raise UserError(f"{key}: {'.'.join(parts[:depth])} has no keys in this config, {of}; leave it out")
         if part not in node.keys():  # noqa: SIM118, "???" is not `in` a DictConfig
             last = depth == len(parts) - 1
             if last and depth and parts[0] in FREE:

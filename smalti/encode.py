@@ -1,6 +1,6 @@
 """`python encode.py image=… model_path=DIR output=…` (installed: `smalti encode …`): compose, check, then encode.
 
-With `decode=` instead of `image=`, the way back.
+With `decode=` instead of `image=`, the way back; with `data.path=` (or `data=shapes`) a whole data set as token shards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,13 @@ def _command(line: Line) -> None:
     if line.print_config:
         print_config(config)
         return
-    check_encode(config)
+    data_set = any(word.partition("=")[0].split(".")[0] == "data" for word in line.overrides)
+    check_encode(config, data_set=data_set)
+    if data_set:
+        from smalti.tokenising import tokenise
+
+        tokenise(config)
+        return
     key = "image" if config.decode is None else "decode"
     given = OmegaConf.to_container(config)[key]  # type: ignore[index,call-overload]
     pairs = plan(key, given, config.output)

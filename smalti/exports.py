@@ -133,6 +133,11 @@ def load(name: str, cls: type[M], hub: dict[str, Any]) -> M:
     return model.eval()
 
 
+def absolute(path: str) -> str:
+    """An export's folder as it is found from anywhere; the id of a repository as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
 def _load_weights(model: Model, weights: dict[str, torch.Tensor], file: Path) -> None:
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):

@@ -44,6 +44,7 @@ def train_once(overrides: Sequence[str], config_dir: str | None = None) -> tuple
     """One run, from its overrides to its folder and final metrics; a finished run says so and gives those it has."""
     composed = compose("train", overrides, config_dir)
     check_train(composed.config)
+    _check_changes(composed)
     first = needed_first(composed, overrides, config_dir)
     if first:
         given = [f"{key}={export}" for key, (_, export) in first.items()]
@@ -94,6 +95,7 @@ def needed_first(
             raise UserError(
                 f"{key} is required: an export of experiment={name}; make one with `python train.py experiment={name} "
                 f"scale={scale}` or convert a published one with `export.py source=…`, then give {key}=DIR"
+                + ("; or data.path=DIR of token shards (encode.py)" if key == "tokenizer_path" else "")
             )
         keys = {text: text.lstrip("+").partition("=")[0] for text in overrides}
         handed = [text for text, of in keys.items() if of.partition(".")[0] in HANDED_ON and of != "trainer.max_steps"]
@@ -101,6 +103,17 @@ def needed_first(
         folder = runs.folder_of(compose("train", needed_overrides, config_dir))
         first[key] = needed_overrides, str(folder / "export")
     return first
+
+
+def _check_changes(composed: Composed) -> None:
+    """Refuse what is typed about images where data.path has their tokens."""
+    typed = [key for key in ("data.crop", "data.resize", "data.flip", "data.image_size") if key in composed.changes]
+    if composed.config.generator is not None and typed and _holds_tokens(composed.config.data.path):
+        key, shown = typed[0], str(composed.changes[typed[0]]).lower()
+        raise UserError(
+            f"{key}={shown} has no effect: data.path={composed.config.data.path} has tokens, whose "
+            "crops were cut when encode.py made them; leave it out"
+        )
 
 
 def _holds_tokens(path: Any) -> bool:

@@ -16,6 +16,7 @@ from smalti.data.module import DataModule
 from smalti.data.tokens import holds_tokens
 from smalti.errors import UserError
 from smalti.evaluation.run import load_tokenizer
+from smalti.exports import absolute
 from smalti.generators.base import Generator
 from smalti.instantiate import instantiate
 from smalti.tokenizers.base import Tokenizer
@@ -85,16 +86,14 @@ def open_source(config: DictConfig, share: Mapping[str, int]) -> Source:
     data.check(**share)
     if data.tokens is None:
         assert tokenizer is not None
-        return Source(
-            tokenizer.spec, data, tokenizer, {"path": _absolute(path), "fingerprint": tokenizer.fingerprint()}
-        )
+        return Source(tokenizer.spec, data, tokenizer, {"path": absolute(path), "fingerprint": tokenizer.fingerprint()})
     theirs = data.tokens["tokenizer"]
     if tokenizer is not None and (own := tokenizer.fingerprint()) != theirs["fingerprint"]:
         raise UserError(
             f"data.path={config.data.path} has tokens of tokenizer {theirs['fingerprint'][:16]}, but "
             f"tokenizer_path={path} is {own[:16]}; give the one that made them, or encode the images with this one"
         )
-    where = theirs.get("path") if path is None else _absolute(path)
+    where = theirs.get("path") if path is None else absolute(path)
     spec = TokenSpec.from_dict(theirs["spec"])
     return Source(spec, data, tokenizer, {"path": where, "fingerprint": theirs["fingerprint"]})
 
@@ -162,8 +161,3 @@ def initialise(generator: Generator, path: str) -> None:
             f"init_path={path} holds a {type(source).__name__}{why}; give a generator of the same kind and size"
         )
     generator.load_state_dict(given)
-
-
-def _absolute(path: str) -> str:
-    """A folder as it is found from anywhere; the id of a repository as it is."""
-    return str(Path(path).resolve()) if Path(path).exists() else path
