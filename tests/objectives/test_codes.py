@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import smalti.objectives.codes
 from smalti.errors import UserError
 from smalti.objectives.codes import ProxyCodeObjective
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
@@ -83,7 +82,7 @@ def test_the_teacher_is_in_no_checkpoint_and_has_no_trainable_weight():
 
 def test_a_path_is_read_once_and_only_when_needed(images, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(smalti.objectives.codes, "load", lambda path: read.append(path) or Teacher())
+    monkeypatch.setattr(Tokenizer, "from_pretrained", lambda path: read.append(path) or Teacher())
     objective = ProxyCodeObjective(teacher_path=str(tmp_path))
     assert read == []
     for _ in range(2):
