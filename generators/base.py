@@ -104,14 +104,15 @@ class Generator(Model):
         """
 
     def check_condition(self, condition: Condition) -> None:
-        """Raises ValueError for labels outside of 0…num_classes − 1."""
+        """Raises ValueError for labels outside of −1 (none), 0…num_classes − 1."""
         labels = condition.labels
         if labels is None or not labels.numel():
             return
         if self.num_classes is None:
             raise ValueError("labels given, but this generator takes no classes")
-        if not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(f"label {int(labels.max())}: this generator knows 0 to {self.num_classes - 1}")
+        for label in (int(labels.min()), int(labels.max())):
+            if not -1 <= label < self.num_classes:
+                raise ValueError(f"label {label}: this generator knows 0 to {self.num_classes - 1}")
 
     def labels_of(self, condition: Condition, rows: int, device: torch.device) -> Tensor:
         """(rows,) int64 classes for generators that take nothing else, −1 for the null condition.

@@ -20,6 +20,7 @@ from smalti.errors import UserError, did_you_mean
 # Published code bases that export.py converts.
 SOURCES = ("titok", "onedpiece", "flextok", "maskgit", "rar", "llamagen", "flextok_ar")
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
+MOST_IN_A_PICTURE = 1024  # of generate.py
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # Rules by the last part of a key, wherever it stands. null is left to the class that takes it.
@@ -27,7 +28,7 @@ POSITIVE = {  # whole numbers ≥ 1 (each, in a list)
     "image_size", "resize", "num_latent_tokens", "proxy_codebook_size", "codebook_size", "dim", "width", "depth",
     "heads", "patch_size", "channels", "channel_mult", "num_res_blocks", "hidden_channels", "num_stages", "num_layers",
     "length", "z_channels", "norm_groups", "size", "max_steps", "batch_size", "every", "images", "pictures",
-    "baseline_images", "length_images", "accumulate", "num_nodes", "nan_limit",
+    "baseline_images", "length_images", "num", "accumulate", "num_nodes", "nan_limit",
 }  # fmt: skip
 NOT_NEGATIVE = {  # numbers ≥ 0
     "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed", "start", "weight", "factor",
@@ -80,6 +81,32 @@ def check_evaluate(config: DictConfig) -> None:
     else:
         check_data(values.get("data"))
     check_folder("output", values.get("output"))
+
+
+def check_generate(config: DictConfig) -> None:
+    """An exported generator, and an output that tells by its name what it is."""
+    values = _plain(config)
+    _check_values(values)
+    for key in ("model_path", "tokenizer_path", "teacher_path"):
+        check_export(key, values[key])
+    labels = values["labels"]
+    if labels == []:
+        raise UserError("labels=[] names no class; give some, such as [0,1], or null for all in turn")
+    if any(
+        not isinstance(label, int) or isinstance(label, bool) for label in (labels if labels.__class__ is list else [])
+    ):
+        raise UserError(f"labels={_show(labels)} must be class numbers, such as [0,1]")
+    output = Path(values["output"])
+    if output.suffix not in ("", ".png", ".npz"):
+        raise UserError(f"output={output} must end in .png or .npz, or be a folder; use {output.with_suffix('.png')}")
+    if output.suffix == ".png" and values["num"] > MOST_IN_A_PICTURE:
+        raise UserError(
+            f"num={values['num']} pictures are too many for one, output={output}; use at most {MOST_IN_A_PICTURE}, or "
+            "output=FOLDER, or an .npz"
+        )
+    if output.suffix and output.is_dir():
+        raise UserError(f"output={output} is a folder; give a file, or a folder without {output.suffix} in its name")
+    check_folder("output", str(output.parent if output.suffix else output))
 
 
 def check_encode(config: DictConfig, *, data_set: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""`smalti train|evaluate|encode|export …`: the entry point of an installed smalti, and what all commands share.
+"""`smalti train|evaluate|encode|generate|export …`: the entry point of an installed smalti, and what commands share.
 
 The scripts in the root of a checkout do the same: `python train.py …` is `smalti train …`.
 """
@@ -24,7 +24,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 COMMANDS = {
     "train": "train a tokenizer or a generator from a recipe (an experiment) on a set of images",
     "evaluate": "measure an exported tokenizer on images, or reconstruct one photo",
-    "encode": "write images as tokens into small files (.tok), and back",
+    "encode": "write images as tokens into small files (.tok), and back; or a data set as token shards",
+    "generate": "make pictures with an exported generator",
     "export": "write a run of ours or a published checkpoint as a folder that smalti.load reads",
 }
 _FLAGS = ("--help", "--multirun", "--cfg", "--config-dir", "--version")
@@ -89,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _dispatch(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
-        print("smalti: visual tokenizers.\n\nUse: smalti COMMAND [key=value …]; smalti COMMAND --help explains each.\n")
+        print("smalti: visual tokenizers and generators.\n")
+        print("Use: smalti COMMAND [key=value …]; smalti COMMAND --help explains each.\n")
         print("\n".join(f"  {name.ljust(width)}  {text}" for name, text in COMMANDS.items()))
     elif words[0] == "--version":
         print(f"smalti {smalti.__version__}")

@@ -29,7 +29,7 @@ from smalti.instantiate import ALLOWED, TARGETS, targets
 FOLDER = Path(smalti.configs.__file__).resolve().parent
 HYDRA_KEYS = ("hydra.launcher.", "hydra.sweeper.")
 HIDDEN_GROUPS = "overlay/"  # picked by the primary config itself, from the scale and the other choices
-FREE = ("sampling",)  # sections whose keys the loaded model knows, and no config
+FREE = ("sampling", "decoding")  # sections whose keys the loaded model knows, and no config
 PATHS = (
     "output", "run", "init_path", "teacher_path", "tokenizer_path", "vae_path", "model_path", "checkpoint", "config",
     "image", "decode", "picture", "data.path", "data.val_path", "data.cache", "lpips_weights", "inception_weights",
@@ -51,6 +51,8 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "data.image_size": (int,),
     "trainer.devices": (int, str),
     "generator.num_classes": (int,),
+    "labels": (int, list),
+    "size": (int,),
     "ema": (dict,),
     "source": (str,),
     "images": (int,),
@@ -93,7 +95,7 @@ class Composed:
 
 
 def compose(command: str, overrides: Sequence[str], config_dir: str | None = None) -> Composed:
-    """The checked config of `command` ("train", "evaluate", "encode", "export") under `overrides` ("key=value").
+    """The checked config of `command` ("train", "evaluate", "encode", "generate" or "export") under its `overrides`.
 
     Unknown keys, options and types are refused with a UserError that says what is possible.
     """
@@ -341,7 +343,8 @@ def _check_form(command: str, text: str) -> None:
     for group in sorted(groups_of(command), key=lambda name: name != "experiment"):
         if text in options(group):
             raise UserError(f"'{text}' is not key=value; did you mean {group}={text}?")
-    examples = {"train": "experiment=titok", "evaluate": "model_path=DIR", "encode": "image=photo.jpg"}
+    examples = {"train": "experiment=titok", "encode": "image=photo.jpg"}
+    examples |= dict.fromkeys(("evaluate", "generate"), "model_path=DIR")
     example = examples.get(command, "output=DIR")
     raise UserError(f"'{text}' is not key=value (without spaces around '='), such as {example}")
 
@@ -438,7 +441,7 @@ def _check_key(config: DictConfig, override: Override) -> None:
         if not isinstance(node, DictConfig):
             whole = ".".join(parts[:depth])
             raise UserError(f"{key}: {whole} is a value, not a section; override {whole}=… as a whole")
-        if depth and not node:
+        if depth and not node and parts[0] not in FREE:
             of = "the tokenizer is the one of tokenizer_path, as it is" if parts[0] == "tokenizer" else "it is empty"
             raise UserError(f"{key}: {'.'.join(parts[:depth])} has no keys in this config, {of}; leave it out")
         if part not in node.keys():  # noqa: SIM118, "???" is not `in` a DictConfig

@@ -14,7 +14,6 @@ import hashlib
 import json
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,10 +39,10 @@ from smalti.errors import UserError
 from smalti.evaluation.processes import processes
 from smalti.evaluation.run import data_for
 from smalti.exports import absolute
+from smalti.headway import Headway
 from smalti.tokenizers.base import Tokenizer
 
 SAMPLES_PER_SHARD = 4000  # of a folder of images
-LINE_S = 10.0  # seconds between lines that say how far it is
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ class _Writer:
         mine, left = (sum(len(unit.samples) for unit in some) for some in (units, missing))
         if say and mine > left:
             print(f"{mine - left:,} images are encoded already", file=sys.stderr, flush=True)
-        done, began, said = 0, time.perf_counter(), time.perf_counter()
+        headway = Headway(left, "images encoded", say=say)
         for source in {id(unit.source): unit.source for unit in missing}.values():
             its = [unit for unit in missing if unit.source is source]
             batches = self._batches(its)
@@ -236,13 +235,8 @@ class _Writer:
                     arrays += self.encode(batch["views"])
                     labels += batch["label"].tolist()
                     captions += batch.get("caption", [])
-                    done += len(batch["label"])
-                    if say and time.perf_counter() - said > LINE_S:
-                        said = time.perf_counter()
-                        print(_progress(done, left, said - began), file=sys.stderr, flush=True)
+                    headway.add(len(batch["label"]))
                 self.write(unit, arrays, labels, captions)
-        if say and left:
-            print(_progress(done, left, time.perf_counter() - began), file=sys.stderr, flush=True)
 
     def kept(self, unit: Unit) -> bool:
         """Whether the shard is finished, of the same samples and whole; then its entry is there for `finish`."""
@@ -313,9 +307,3 @@ def _check_folder(folder: Path, about: Mapping[str, Any]) -> None:
         if not same or any(its.get(key) != value for key, value in about.items() if key != "tokenizer"):
             of = f"views={its['views']}" if same else f"tokenizer {its['tokenizer']['fingerprint'][:16]}"
             raise UserError(f"output={folder} has other tokens already ({of}); name a new folder, or remove it first")
-
-
-def _progress(done: int, total: int, seconds: float) -> str:
-    rate = done / max(seconds, 1e-9)
-    minutes, seconds = divmod(round((total - done) / rate) if rate else 0, 60)
-    return f"{done:,} of {total:,} images encoded, {rate:,.4g} images/s, {minutes}:{seconds:02} left"

@@ -20,6 +20,8 @@ EXAMPLES = {
         "python train.py data.path=~/photos": "the same on your own folder of images (one sub-folder a class)",
         "python train.py experiment=titok_s128 scale=paper data.path=DIR": "a published recipe",
         "python train.py experiment=titok_s128 stage=2 init_path=RUN/export": "its second stage",
+        "python train.py experiment=gpt": "a tiny GPT on the tokens of a tiny tokenizer, which is trained first",
+        "python train.py experiment=gpt tokenizer_path=DIR": "on those of a tokenizer of your own",
         "python train.py -m experiment=titok optimizer.lr=1e-4,3e-4": "a sweep: a run for each value, then a table",
         "python train.py --cfg job": "print the composed config",
     },
@@ -35,6 +37,14 @@ EXAMPLES = {
         "python encode.py image=photo.jpg model_path=DIR output=photo.tok quality.psnr=24": "as few as give 24 dB",
         "python encode.py decode=photo.tok model_path=DIR output=photo.png": "and back",
         "python encode.py image=~/photos model_path=DIR output=tokens": "a folder, one file an image",
+        "python encode.py data.path=~/photos model_path=DIR output=tokens": "token shards, to train generators on",
+    },
+    "generate": {
+        "python generate.py model_path=runs/gpt/tiny/export": "one picture with samples of all classes",
+        "python generate.py model_path=DIR labels=[3,7] num=8 sampling.guidance=2": "of two classes, more guided",
+        "python generate.py model_path=DIR length=4": "from 4 tokens each, where the tokenizer decodes prefixes",
+        "python generate.py model_path=DIR num=1000 output=samples": "a folder with a PNG each",
+        "torchrun --nproc-per-node 8 generate.py model_path=DIR num=50000 output=adm.npz": "for ADM's evaluation suite",
     },
     "export": {
         "python export.py run=runs/titok/tiny output=models/mine": "a run of train.py, from its averaged weights",

@@ -1,4 +1,4 @@
-"""How a decoder that samples goes about it: `sampling.steps=10 sampling.guidance=2` over the tokenizer's settings."""
+"""How a model that samples goes about it: `sampling.steps=10 sampling.guidance=2` over its own settings."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any
 
 from smalti.errors import UserError, did_you_mean
-from smalti.tokenizers.base import Tokenizer
+from smalti.model import Model
 
 
-def override_sampling(tokenizer: Tokenizer, given: Mapping[str, Any], key: str = "sampling") -> None:
-    """Replace fields of `tokenizer.sampling`, which `decode` reads.
+def override_sampling(model: Model, given: Mapping[str, Any], key: str = "sampling") -> None:
+    """Replace fields of `model.sampling`, which a tokenizer's `decode` or a generator's `generate` reads.
 
-    key: the section's place in the config, for messages. Raises UserError for a tokenizer that does not sample, and for
+    key: the section's place in the config, for messages. Raises UserError for a model that does not sample, and for
     fields and values that its sampling does not take.
     """
     if not given:
         return
-    settings: Any = getattr(tokenizer, "sampling", None)
+    settings: Any = getattr(model, "sampling", None)
     if not is_dataclass(settings) or isinstance(settings, type):
         first = next(iter(given))
-        raise UserError(f"{key}.{first}={given[first]}: {type(tokenizer).__name__} does not sample; leave {key} out")
+        raise UserError(f"{key}.{first}={given[first]}: {type(model).__name__} does not sample; leave {key} out")
     known = {field.name: getattr(settings, field.name) for field in fields(settings)}
     optional = {field.name for field in fields(settings) if "None" in str(field.type)}
     changes = dict(given)
     for name, value in given.items():
         if name not in known:
             hint = did_you_mean(str(name), known) or f"; it has {', '.join(known)}"
-            raise UserError(f"{key}.{name} is not a setting of {type(tokenizer).__name__}'s sampling{hint}")
+            raise UserError(f"{key}.{name} is not a setting of {type(model).__name__}'s sampling{hint}")
         old = known[name]
         if type(value) is int and type(old) is float:
             changes[name] = float(value)
@@ -39,10 +39,11 @@ def override_sampling(tokenizer: Tokenizer, given: Mapping[str, Any], key: str =
         changed: Any = replace(settings, **changes)
     except (TypeError, ValueError) as error:
         raise UserError(str(error) if str(error).startswith(key) else f"{key}: {error}") from error
-    tokenizer.sampling = changed
+    sampled: Any = model
+    sampled.sampling = changed
 
 
-def describe_sampling(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The settings that `decode` uses, as plain values; None for decoders that do not sample."""
-    settings: Any = getattr(tokenizer, "sampling", None)
+def describe_sampling(model: Model) -> dict[str, Any] | None:
+    """The settings that `decode` or `generate` uses, as plain values; None for models that do not sample."""
+    settings: Any = getattr(model, "sampling", None)
     return asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else None

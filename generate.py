@@ -1,0 +1,4 @@
+from smalti.generate import main
+
+if __name__ == "__main__":
+    main()
