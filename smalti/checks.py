@@ -92,9 +92,8 @@ def check_generate(config: DictConfig) -> None:
     labels = values["labels"]
     if labels == []:
         raise UserError("labels=[] names no class; give some, such as [0,1], or null for all in turn")
-    if any(
-        not isinstance(label, int) or isinstance(label, bool) for label in (labels if labels.__class__ is list else [])
-    ):
+    given = labels if isinstance(labels, list) else []
+    if any(not isinstance(label, int) or isinstance(label, bool) for label in given):
         raise UserError(f"labels={_show(labels)} must be class numbers, such as [0,1]")
     output = Path(values["output"])
     if output.suffix not in ("", ".png", ".npz"):

@@ -35,6 +35,7 @@ METADATA = {  # what an export says of itself beside that; further keys (plain J
     "training_data": "what it was trained on",
     "preprocessing": "what was done to an image before it reached the model",
     "results": "measured figures, {name: value or sentence}",
+    "tokenizer": "of a generator: path (null: unknown) and fingerprint of the tokenizer whose tokens it writes",
     "picture": "path of a PNG to show on the card; it is copied into the folder",
 }
 _OURS = {"model", "spec", "smalti_version", "fingerprint"}

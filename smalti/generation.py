@@ -290,12 +290,13 @@ class _Parts:
 
 
 def _check_file(output: Path, about: Mapping[str, Any]) -> None:
-    """A file that is there already may be made again, not lost. Raises UserError for one that was made otherwise."""
+    """A picture of ours may be replaced, an `.npz` made again alike. Raises UserError for another file."""
     if output.is_file():
         known = _read_json(output.with_suffix(".json"))
-        if known is None:
-            raise UserError(f"output={output} exists; name another file, or remove it first")
-        _compare(known, about, f"output={output}")
+        if known is None or "generator" not in known:
+            raise UserError(f"output={output} exists, and not by generate.py; name another file, or remove it first")
+        if output.suffix == ".npz":
+            _compare(known, about, f"output={output}")
 
 
 def _check_same(folder: Path, about: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from smalti.errors import UserError
 from smalti.instantiate import instantiate
 from smalti.model import Model
 from smalti.published import flextok, flextok_ar, llamagen, maskgit, onedpiece, rar, titok
-from smalti.tokenizers.base import Tokenizer
+from smalti.registry import build
 from smalti.tokenizers.flextok import FlexTok
 from smalti.training import checkpoint as checkpoints
 
@@ -49,28 +49,34 @@ def export(config: DictConfig) -> Path:
     return output
 
 
-def from_run(run: Path) -> Tokenizer:
-    """The averaged tokenizer of a run's newest good checkpoint, in evaluation mode, with its origin in `metadata`."""
+def from_run(run: Path) -> Model:
+    """The (averaged) model of a run's newest good checkpoint, in evaluation mode, with its origin in `metadata`."""
     file = checkpoints.newest_good(run / "checkpoints", say=lambda said: print(said, file=sys.stderr))
     if file is None:
         raise UserError(f"run={run} has no checkpoint yet; train until the first one")
     config = OmegaConf.load(run / "config.yaml")
     assert isinstance(config, DictConfig)
-    tokenizer: Tokenizer = instantiate(config.tokenizer, "tokenizer")
     saved = checkpoints.load(file)
-    prefix = "ema.model."
-    averaged = {
+    model: Model
+    if "generator" in saved:  # which also depends on its tokenizer and on the classes of the data
+        model, kind = build(saved["generator"]["model"]), "generator."
+    else:
+        model, kind = instantiate(config.tokenizer, "tokenizer"), "tokenizer."
+    prefix = "ema.model." if any(name.startswith("ema.model.") for name in saved["state_dict"]) else kind
+    weights = {
         name.removeprefix(prefix): tensor for name, tensor in saved["state_dict"].items() if name.startswith(prefix)
     }
-    if isinstance(tokenizer, FlexTok) and not any(name.startswith("decoder.projection.") for name in averaged):
-        tokenizer.leave_out_features()  # its objective read none, which the config alone does not show
-    _load(tokenizer, averaged, file)
-    tokenizer.metadata = _metadata(run, config, int(saved["global_step"]))
-    return tokenizer.eval()
+    if isinstance(model, FlexTok) and not any(name.startswith("decoder.projection.") for name in weights):
+        model.leave_out_features()  # its objective read none, which the config alone does not show
+    _load(model, weights, file)
+    model.metadata = _metadata(run, config, int(saved["global_step"]))
+    if "generator" in saved:
+        model.metadata["tokenizer"] = saved["generator"]["tokenizer"]
+    return model.eval()
 
 
-def _load(tokenizer: Tokenizer, weights: dict[str, torch.Tensor], file: Path) -> None:
-    own = tokenizer.state_dict()
+def _load(model: Model, weights: dict[str, torch.Tensor], file: Path) -> None:
+    own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         mine, theirs = (tuple(state[name].shape) if name in state else None for state in (own, weights))
         if mine != theirs:
@@ -78,7 +84,7 @@ def _load(tokenizer: Tokenizer, weights: dict[str, torch.Tensor], file: Path) ->
                 f"{file} does not fit the run's config.yaml: {name} is {theirs or 'missing'} in the checkpoint and "
                 f"{mine or 'missing'} in the model; export with the smalti that trained it"
             )
-    tokenizer.load_state_dict(weights)
+    model.load_state_dict(weights)
 
 
 def _metadata(run: Path, config: DictConfig, step: int) -> dict[str, Any]:
@@ -90,7 +96,7 @@ def _metadata(run: Path, config: DictConfig, step: int) -> dict[str, Any]:
         if "picture" in metadata:
             metadata["picture"] = str(run / "export" / metadata["picture"])
         return metadata
-    picture = max((run / "images").glob("*.png"), default=None)
+    picture = max((run / "images").glob("step-*.png"), default=None)
     return {
         "title": f"{config.experiment}, scale {config.scale}, step {step} of {config.trainer.max_steps}",
         "source": f"a run of smalti: {run}, step {step}",
