@@ -179,7 +179,8 @@ def test_the_published_steps_are_ours(case: Any, tmp_path: Path) -> None:
         assert step.indices is not None
         indices.append(step.indices.flatten())
         ring = torch.cat([ring, indices[-1]])[-len(ring) :]
-        usage.append(len(ring.unique()) / case.config["model"]["codebook_size"])
+        shown = case.config["model"]["codebook_show_usage"]
+        usage.append(len(ring.unique()) / case.config["model"]["codebook_size"] if shown else 0.0)
     commitment = case.config["model"]["commit_loss_beta"]
     entropy = case.config["model"]["entropy_loss_ratio"]
     ours = {
