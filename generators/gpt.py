@@ -176,11 +176,7 @@ class GPT(AutoregressiveGenerator):
         present: (b, c) bool, condition tokens that may be attended to; None: all. caches: one a block, of earlier rows.
         """
         x = self.dropout(x)
-        rows = slice(start, start + x.shape[1])
-        rotary = None
-        if self.rotary:
-            cos, sin = self.rotary.tables(x.device)
-            rotary = cos[rows], sin[rows]
+        rotary = self.rotary.table(x.device)[start : start + x.shape[1]] if self.rotary else None
         mask = None if present is None else causal_mask(present, start, x.shape[1])
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary=rotary, mask=mask, cache=None if caches is None else caches[layer], start=start)
@@ -245,8 +241,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, **attention: Any) -> Tensor:
         """x: (b, m, width); attention: arguments of `CausalAttention`."""
-        x = x + self.drop_path_1(self.dropout_1(self.attn(self.norm_1(x), **attention)))
-        return x + self.drop_path_2(self.dropout_2(self.mlp(self.norm_2(x))))
+        y = self.attn(self.norm_1(x), **attention)
+        x = x + (self.drop_path_1(self.dropout_1(y)) if self.training else y)
+        y = self.mlp(self.norm_2(x))
+        return x + (self.drop_path_2(self.dropout_2(y)) if self.training else y)
 
 
 class ClassCondition(nn.Module):

@@ -225,9 +225,9 @@ def test_positions_of_a_line_tell_its_tokens_apart(positions: str) -> None:
 
 
 def test_attention_by_rotary_positions_depends_on_differences_of_rows_and_columns_only() -> None:
-    cos, sin = Rotary(8, (5, 5)).tables(torch.device("cpu"))
+    table = Rotary(8, (5, 5)).table(torch.device("cpu"))
     q, k = torch.randn(2, 8)
-    turned = rotate(torch.stack([q, k])[None, None].expand(1, 25, 2, 8), cos, sin)[0].view(5, 5, 2, 8)
+    turned = rotate(torch.stack([q, k])[None, None].expand(1, 25, 2, 8), table)[0].view(5, 5, 2, 8)
     scores = torch.einsum("rcd,RCd->rcRC", turned[:, :, 0], turned[:, :, 1])
     torch.testing.assert_close(scores[1, 2, 0, 3], scores[4, 1, 3, 2])
     torch.testing.assert_close(scores[0, 0, 2, 1], scores[2, 3, 4, 4])

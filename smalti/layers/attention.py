@@ -94,25 +94,26 @@ class CausalAttention(nn.Module):
         self,
         x: Tensor,
         *,
-        rotary: tuple[Tensor, Tensor] | None = None,
+        rotary: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         start: int = 0,
     ) -> Tensor:
         """x: (b, m, d), tokens start…start + m − 1 of a sequence whose earlier ones `cache` holds; returns (b, m, d).
 
-        rotary: rows start…start + m − 1 of `Rotary.tables`. mask: (b, 1, m, start + m) bool, true where a token may
+        rotary: rows start…start + m − 1 of `Rotary.table`. mask: (b, 1, m, start + m) bool, true where a token may
         attend; None: to itself and everything before it.
         """
         m = x.shape[1]
         heads = self.qkv(x).unflatten(-1, (-1, self.head_width))
-        both, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)  # queries and keys are turned at once
+        both = heads.narrow(2, 0, self.heads + self.kv_heads)  # queries and keys are turned at once
+        v = heads.narrow(2, self.heads + self.kv_heads, self.kv_heads)
         if self.qk_norm:
             q, k = both.split((self.heads, self.kv_heads), dim=2)
             both = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         if rotary is not None:
-            both = rotate(both, *rotary)
-        q, k = both.split((self.heads, self.kv_heads), dim=2)
+            both = rotate(both, rotary)
+        q, k = both.narrow(2, 0, self.heads), both.narrow(2, self.heads, self.kv_heads)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if cache is not None:
             k, v = cache.write(start, k, v)

@@ -20,9 +20,10 @@ class KVCache:
         """Set positions start…start + m − 1 to (r, heads, m, d / heads); returns views of all up to there."""
         if self.keys is None or self.values is None:
             self.keys, self.values = (x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values))
-        end = start + keys.shape[2]
-        self.keys[:, :, start:end], self.values[:, :, start:end] = keys, values
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        m = keys.shape[2]
+        self.keys.narrow(2, start, m).copy_(keys)
+        self.values.narrow(2, start, m).copy_(values)
+        return self.keys.narrow(2, 0, start + m), self.values.narrow(2, 0, start + m)
 
     def keep(self, rows: int) -> None:
         """Forget all rows but the first ones."""
