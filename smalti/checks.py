@@ -31,7 +31,8 @@ POSITIVE = {  # whole numbers ≥ 1 (each, in a list)
     "baseline_images", "length_images", "num", "accumulate", "num_nodes", "nan_limit",
 }  # fmt: skip
 NOT_NEGATIVE = {  # numbers ≥ 0
-    "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed", "start", "weight", "factor",
+    "num_classes", "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed", "start",
+    "weight", "factor",
     "reconstruction_weight", "perceptual_weight", "quantizer_weight", "commitment_weight", "entropy_weight",
     "lpips_weight", "convnext_weight", "adaptive_weight_max",
 }  # fmt: skip

@@ -44,7 +44,7 @@ EXAMPLES = {
         "python generate.py model_path=DIR labels=[3,7] num=8 sampling.guidance=2": "of two classes, more guided",
         "python generate.py model_path=DIR length=4": "from 4 tokens each, where the tokenizer decodes prefixes",
         "python generate.py model_path=DIR num=1000 output=samples": "a folder with a PNG each",
-        "torchrun --nproc-per-node 8 generate.py model_path=DIR num=50000 output=adm.npz": "for ADM's evaluation suite",
+        "python generate.py model_path=DIR num=50000 output=adm.npz": "for ADM's evaluation suite",
     },
     "export": {
         "python export.py run=runs/titok/tiny output=models/mine": "a run of train.py, from its averaged weights",

@@ -191,7 +191,7 @@ def test_an_installed_wheel_has_the_same_commands_elsewhere(wheel: Path, tmp_pat
     def smalti(*words: str) -> subprocess.CompletedProcess[str]:
         return run(sys.executable, site / "bin" / "smalti", *words, cwd=elsewhere, PYTHONPATH=str(site))
 
-    for command in ("train", "evaluate", "encode", "export"):
+    for command in ("train", "evaluate", "encode", "generate", "export"):
         assert smalti(command, "--help").stdout == run(sys.executable, f"{command}.py", "--help").stdout
     ours = run(sys.executable, "train.py", "experiment=titok_b64", "scale=paper", "--cfg", "job")
     assert smalti("train", "experiment=titok_b64", "scale=paper", "--cfg", "job").stdout == ours.stdout != ""

@@ -283,7 +283,7 @@ def test_every_yaml_is_an_option_of_a_group_that_composes() -> None:
     for path in sorted(FOLDER.rglob("*.yaml")):
         group, option = path.parent.relative_to(FOLDER).as_posix(), path.stem
         if group == ".":
-            assert option in ("train", "evaluate", "encode", "export")
+            assert option in ("train", "evaluate", "encode", "generate", "export")
         elif group.startswith("overlay/"):
             _, kind, scale = group.split("/")
             known = (

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "lightning", "torchvision", "timm", "diffusers", "transformers", "numpy", "PIL", "rich", "wandb")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "encode", "export"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "encode", "generate", "export"])
 def test_help_names_groups_options_keys_and_examples(command: str, call: Callable) -> None:
     result = call(command, "--help")
     assert (result.code, result.err, result.left) == (0, "", [])
@@ -49,6 +49,7 @@ def test_every_option_says_what_it_is() -> None:
         ["train", "--help"],
         ["evaluate", "--help"],
         ["encode", "--help"],
+        ["generate", "--help"],
         ["export", "-h"],
         ["train", "--cfg", "job"],
         ["train", "seed=1.5"],
@@ -57,6 +58,9 @@ def test_every_option_says_what_it_is() -> None:
         ["evaluate", "model_path=/nowhere"],
         ["encode", "image=/nowhere", "model_path=a/b", "output=out"],
         ["encode", "decode=/etc/hostname", "model_path=a/b", "output=out"],
+        ["encode", "data.path=/nowhere", "model_path=a/b", "output=out"],
+        ["generate", "model_path=/nowhere"],
+        ["train", "experiment=gpt", "scale=paper"],
         ["export", "run=/nowhere", "output=out"],
     ],
     ids=" ".join,
