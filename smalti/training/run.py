@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,10 @@ def train(config: DictConfig) -> dict[str, float]:
 
 
 def device_count(devices: int | str) -> int:
-    """Processes on this machine: `auto` is one for every GPU, or one on the CPU."""
-    return max(1, torch.cuda.device_count()) if devices == "auto" else int(devices)
+    """Processes on this machine: `auto` is as many as torchrun started, else one for every GPU, or one on the CPU."""
+    if devices != "auto":
+        return int(devices)
+    return int(os.environ.get("LOCAL_WORLD_SIZE", max(1, torch.cuda.device_count())))
 
 
 def card(settings: dict[str, Any], data: DataModule, results: dict[str, float], folder: Path) -> dict[str, Any]:
