@@ -193,6 +193,10 @@ class DataModule:
         """Test images, as `validation_loader` gives the validation images."""
         return self._evaluation(self.test, images, accumulate, rank, world_size)
 
+    def reference_loader(self, *, images: int | None = None) -> DataLoader[dict[str, Any]]:
+        """Training images, each once and cut as test images are, to compare samples with."""
+        return self._evaluation(self.train, images, 1, 0, 1)
+
     def micro_batch_size(self, *, accumulate: int = 1, world_size: int = 1) -> int:
         """Images of one micro-batch on one rank. Raises UserError when the global batch does not divide."""
         parts = accumulate * world_size

@@ -28,11 +28,11 @@ POSITIVE = {  # whole numbers ≥ 1 (each, in a list)
     "image_size", "resize", "num_latent_tokens", "proxy_codebook_size", "codebook_size", "dim", "width", "depth",
     "heads", "patch_size", "channels", "channel_mult", "num_res_blocks", "hidden_channels", "num_stages", "num_layers",
     "length", "z_channels", "norm_groups", "size", "max_steps", "batch_size", "every", "images", "pictures",
-    "baseline_images", "length_images", "num", "accumulate", "num_nodes", "nan_limit",
+    "baseline_images", "length_images", "num", "samples", "classifier_steps", "accumulate", "num_nodes", "nan_limit",
 }  # fmt: skip
 NOT_NEGATIVE = {  # numbers ≥ 0
-    "num_classes", "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed", "start",
-    "weight", "factor",
+    "num_classes", "bounds", "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed",
+    "start", "weight", "factor",
     "reconstruction_weight", "perceptual_weight", "quantizer_weight", "commitment_weight", "entropy_weight",
     "lpips_weight", "convnext_weight", "adaptive_weight_max",
 }  # fmt: skip
@@ -48,6 +48,7 @@ CHOICES = {
     "reconstruction": ("l1", "l2"),
     "latent_layout": ("corrected", "legacy"),
     "head": ("pixels", "codes", "soft_codes"),
+    "classifier": ("auto", "train", "none"),
     "wandb.mode": ("online", "offline", "disabled"),
 }
 
@@ -70,11 +71,21 @@ def check_train(config: DictConfig) -> None:
 
 
 def check_evaluate(config: DictConfig) -> None:
-    """What an evaluation needs: an export, and images (a data set, or one image file)."""
+    """What an evaluation needs: an export or samples, and images (a data set, or one image file)."""
     values = _plain(config)
     _check_values(values)
-    check_export("model_path", values["model_path"])
-    check_export("teacher_path", values.get("teacher_path"))
+    model, samples, reference = (values[key] for key in ("model_path", "samples_path", "reference"))
+    if model is None and samples is None and values["classifier"] != "train":
+        raise UserError("model_path is required: the export of a tokenizer or generator; or give samples_path=FILE.npz")
+    for key in ("model_path", "tokenizer_path", "teacher_path"):
+        check_export(key, values[key])
+    if samples is not None:
+        check_file("samples_path", samples)
+    if reference not in ("train", "test"):
+        if Path(reference).suffix != ".npz":
+            raise UserError(f"reference={reference} is unknown; give train or test (of the data), or an .npz")
+        check_file("reference", reference)
+    _check_labels(values["labels"])
     if isinstance(values.get("image"), list):
         raise UserError(f"image={_show(values['image'])} is a list; give one photo, or a folder by data.path=DIR")
     if values.get("image") is not None:
@@ -90,12 +101,7 @@ def check_generate(config: DictConfig) -> None:
     _check_values(values)
     for key in ("model_path", "tokenizer_path", "teacher_path"):
         check_export(key, values[key])
-    labels = values["labels"]
-    if labels == []:
-        raise UserError("labels=[] names no class; give some, such as [0,1], or null for all in turn")
-    given = labels if isinstance(labels, list) else []
-    if any(not isinstance(label, int) or isinstance(label, bool) for label in given):
-        raise UserError(f"labels={_show(labels)} must be class numbers, such as [0,1]")
+    _check_labels(values["labels"])
     output = Path(values["output"])
     if output.suffix not in ("", ".png", ".npz"):
         raise UserError(f"output={output} must end in .png or .npz, or be a folder; use {output.with_suffix('.png')}")
@@ -107,6 +113,15 @@ def check_generate(config: DictConfig) -> None:
     if output.suffix and output.is_dir():
         raise UserError(f"output={output} is a folder; give a file, or a folder without {output.suffix} in its name")
     check_folder("output", str(output.parent if output.suffix else output))
+
+
+def _check_labels(labels: Any) -> None:
+    """Class numbers, one at least."""
+    if labels == []:
+        raise UserError("labels=[] names no class; give some, such as [0,1], or null for all in turn")
+    given = labels if isinstance(labels, list) else []
+    if any(not isinstance(label, int) or isinstance(label, bool) for label in given):
+        raise UserError(f"labels={_show(labels)} must be class numbers, such as [0,1]")
 
 
 def check_encode(config: DictConfig, *, data_set: bool = False) -> None:

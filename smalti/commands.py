@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 COMMANDS = {
     "train": "train a tokenizer or a generator from a recipe (an experiment) on a set of images",
-    "evaluate": "measure an exported tokenizer on images, or reconstruct one photo",
+    "evaluate": "measure an exported tokenizer or generator, or reconstruct one photo",
     "encode": "write images as tokens into small files (.tok), and back; or a data set as token shards",
     "generate": "make pictures with an exported generator",
     "export": "write a run of ours or a published checkpoint as a folder that smalti.load reads",

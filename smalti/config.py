@@ -32,7 +32,8 @@ HIDDEN_GROUPS = "overlay/"  # picked by the primary config itself, from the scal
 FREE = ("sampling", "decoding")  # sections whose keys the loaded model knows, and no config
 PATHS = (
     "output", "run", "init_path", "teacher_path", "tokenizer_path", "vae_path", "model_path", "checkpoint", "config",
-    "image", "decode", "picture", "data.path", "data.val_path", "data.cache", "lpips_weights", "inception_weights",
+    "image", "decode", "picture", "samples_path", "data.path", "data.val_path", "data.cache", "lpips_weights",
+    "inception_weights",
 )  # fmt: skip
 
 # What a key holds whose value in the configs is null (null says nothing about the type of what replaces it). These may
@@ -56,6 +57,8 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "ema": (dict,),
     "source": (str,),
     "images": (int,),
+    "samples": (int,),
+    "bounds": (int,),
     "lengths": (str, list, int),
     "baselines": (bool,),
     "baseline_images": (int,),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from smalti import __version__
 from smalti.errors import UserError
-from smalti.registry import build, describe
+from smalti.registry import build, describe, find
 
 if TYPE_CHECKING:
     from smalti.model import Model
@@ -99,9 +99,7 @@ def save(model: Model, folder: Path, metadata: dict[str, Any]) -> None:
 
 def load(name: str, cls: type[M], hub: dict[str, Any]) -> M:
     """The model of a folder or of a Hugging Face repository; raises UserError with one line."""
-    folder = Path(name).expanduser()
-    if not folder.exists():
-        folder = _download(name, hub)
+    folder = _folder_of(name, hub)
     config = _read_config(folder)
     try:
         model = build(config["model"])
@@ -134,6 +132,11 @@ def load(name: str, cls: type[M], hub: dict[str, Any]) -> M:
     return model.eval()
 
 
+def class_of(name: str) -> type:
+    """The class of the model of a folder or of a Hugging Face repository, whose weights are not read."""
+    return find(_read_config(_folder_of(name, {}))["model"]["name"])
+
+
 def absolute(path: str) -> str:
     """An export's folder as it is found from anywhere; the id of a repository as it is."""
     return str(Path(path).resolve()) if Path(path).exists() else path
@@ -163,6 +166,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or not isinstance(description.get("name"), str):
         raise UserError(f"{file} was not written by smalti: it names no model; {_CONVERT}")
     return config
+
+
+def _folder_of(name: str, hub: dict[str, Any]) -> Path:
+    folder = Path(name).expanduser()
+    return folder if folder.exists() else _download(name, hub)
 
 
 def _download(name: str, hub: dict[str, Any]) -> Path:

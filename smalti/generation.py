@@ -85,12 +85,7 @@ class Sampler:
             raise UserError(str(error)) from error
 
     def decode(self, tokens: Tokens, numbers: Sequence[int]) -> Tensor:
-        """Images (b, 3, h, w); a decoder that samples takes its noise from (seed, number), too."""
-        if (shape := getattr(self.tokenizer, "latent_shape", None)) is None:
-            return self.tokenizer.decode(tokens, seed=self.seed)
-        noise = [torch.randn(shape, generator=draws_of("decode", self.seed, n)) for n in numbers]
-        sampling: Any = self.tokenizer
-        return sampling.decode(tokens, seed=self.seed, noise=torch.stack(noise))
+        return decode_numbered(self.tokenizer, tokens, numbers, self.seed)
 
     def describe(self) -> dict[str, Any]:
         """Everything that the pictures depend on, as plain values."""
@@ -105,6 +100,15 @@ class Sampler:
             "precision": "bf16-mixed" if self.half else "32-true",
             "seed": self.seed,
         }
+
+
+def decode_numbered(tokenizer: Tokenizer, tokens: Tokens, numbers: Sequence[int], seed: int) -> Tensor:
+    """Images (b, 3, h, w); a decoder that samples takes its noise from (seed, number) alone."""
+    if (shape := getattr(tokenizer, "latent_shape", None)) is None:
+        return tokenizer.decode(tokens, seed=seed)
+    noise = [torch.randn(shape, generator=draws_of("decode", seed, n)) for n in numbers]
+    sampling: Any = tokenizer
+    return sampling.decode(tokens, seed=seed, noise=torch.stack(noise))
 
 
 def generate(config: DictConfig | Mapping[str, Any]) -> Path:
@@ -217,17 +221,21 @@ def labels_of(generator: Generator, given: int | Sequence[int] | None) -> list[i
     return labels
 
 
+def columns_for(labels: Sequence[int] | None) -> int:
+    """Of a picture of samples: a few labels have columns of their own."""
+    distinct = len(labels or ())
+    return next((c for c in range(8, 2, -1) if distinct and c % distinct == 0), 8)
+
+
 def _picture(sampler: Sampler, num: int, output: Path) -> None:
-    """All pictures in one; with a few labels each has columns of its own."""
+    """All pictures in one."""
     headway = Headway(num, "pictures")
     made = []
     for batch in sampler.pictures(range(num)):
         made.append(batch)
         headway.add(len(batch))
     images = torch.cat(made).permute(0, 3, 1, 2)
-    distinct = len(sampler.labels or ())
-    columns = next((c for c in range(8, 2, -1) if distinct and c % distinct == 0), 8)
-    _writing(output, lambda: save_png(grid([images], columns=columns), output))
+    _writing(output, lambda: save_png(grid([images], columns=columns_for(sampler.labels)), output))
 
 
 class _Folder:

@@ -30,6 +30,9 @@ EXAMPLES = {
         "python evaluate.py model_path=DIR data.path=~/photos": "on your own images",
         "python evaluate.py model_path=DIR lengths=all": "at 1, 2, 4, … tokens, with a plot beside JPEG, WebP, AVIF",
         "python evaluate.py model_path=DIR image=photo.jpg": "one photo: its reconstruction and its tokens",
+        "python evaluate.py model_path=GENERATOR data.path=~/photos samples=5000": "a generator's samples",
+        "python evaluate.py samples_path=adm.npz reference=FILE.npz": "samples of a file, by ADM's protocol",
+        "python evaluate.py classifier=train data.image_size=64": "the classifier for figures without Inception",
     },
     "encode": {
         "python encode.py image=photo.jpg model_path=DIR output=photo.tok": "a photo as tokens, all of them",

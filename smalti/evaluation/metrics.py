@@ -140,7 +140,17 @@ class FeatureMoments(Sums):
         return (self.sums["outer"] - torch.outer(total, total) / count) / (count - 1)
 
 
-def frechet_distance(real: FeatureMoments, fake: FeatureMoments) -> float:
+class Moments(Protocol):
+    """Mean (f,) and covariance (f, f): `FeatureMoments`, or those that a file gives."""
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def covariance(self) -> Tensor: ...
+
+
+def frechet_distance(real: Moments, fake: Moments) -> float:
     """|m - m'|² + tr(C) + tr(C') - 2 tr((C C')^½) between the Gaussians of two sets of features.
 
     The trace of the root is the sum of the roots of the eigenvalues of C^½ C' C^½, which is symmetric: real, and exact

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smalti.evaluation.baselines import CODECS
-from smalti.tokenizers.base import Tokenizer
+from smalti.model import Model
 
 LIBRARIES = ("smalti", "torch", "torchvision", "torchmetrics", "torch-fidelity", "pillow", "numpy")
 
@@ -34,9 +34,26 @@ HOW = {
     "gain_over_mean_colour": "psnr − mean_colour_psnr",
 }
 
+_DISTANCE = "against the reference; no FID"
+OF_SAMPLES = {
+    "gfid": "Fréchet distance of Inception's 2048 pool features, samples against the reference named above; lower is "
+    "better; biased by the number of samples, so compare equal numbers; not comparable with rfid",
+    "inception_score": "of the samples, mean over splits of 5,000 in the order of their numbers",
+    "precision": "share of samples within reach of a reference image: a ball to its 3rd nearest neighbour, in "
+    "Inception's pool features, distances in float16",
+    "recall": "share of the first reference images (at most 10,000) within reach of a sample, likewise",
+    "classifier_frechet_distance": "Fréchet distance of 128 features of the small classifier named below, samples "
+    "against the reference; no FID; lower is better; biased by the number of samples",
+    "classifier_frechet_distance_real": f"the same of real images that are not the reference, {_DISTANCE}",
+    "classifier_frechet_distance_reconstructions": f"the same of the tokenizer's reconstructions of these, {_DISTANCE}",
+    "classifier_frechet_distance_uniform_tokens": f"the same of uniform random tokens, decoded, {_DISTANCE}",
+}
 
-def how(figure: str) -> str:
-    """One line on how a figure is obtained."""
+
+def how(figure: str, *, samples: bool = False) -> str:
+    """One line on how a figure is obtained, of samples or of reconstructions."""
+    if samples:
+        return OF_SAMPLES[figure]
     if figure in HOW:
         return HOW[figure]
     for name, codec in CODECS.items():
@@ -61,12 +78,12 @@ def preprocessing(crop: str, size: int) -> str:
     return f"shorter side to {size} (Pillow, bicubic, antialiased), centre crop"
 
 
-def describe_model(tokenizer: Tokenizer, cfg: Mapping[str, Any]) -> dict[str, Any]:
+def describe_model(model: Model, cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Which weights were measured."""
     return {
         "path": str(cfg["model_path"]),
-        "name": type(tokenizer).__name__,
-        "fingerprint": tokenizer.fingerprint(),
+        "name": type(model).__name__,
+        "fingerprint": model.fingerprint(),
         "teacher": cfg["teacher_path"],
     }
 

@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 evaluate.py model_path=DIR …    the same figures, sooner
     python evaluate.py model_path=DIR lengths=all               at 1, 2, 4, … tokens, beside JPEG, WebP, AVIF, JPEG XL
     python evaluate.py model_path=DIR image=photo.jpg           one photo: smalti/evaluation/photo.py
+    python evaluate.py model_path=GENERATOR data.path=FOLDER    a generator: smalti/evaluation/samples.py
 
 Batches are numbered and go to the processes in turn: which images share a batch does not depend on how many there are.
 """
@@ -32,6 +33,7 @@ from smalti.evaluation.baselines import CODECS, Baselines, codecs, further_budge
 from smalti.evaluation.baselines import why_absent as why_no_codec
 from smalti.evaluation.inception import Inception, load_inception
 from smalti.evaluation.inception import why_absent as why_no_inception
+from smalti.evaluation.kinds import of_samples
 from smalti.evaluation.lengths import bits_of, bytes_of, chosen_lengths, decode_prefixes
 from smalti.evaluation.lpips import MeasuredLPIPS, load_lpips
 from smalti.evaluation.lpips import why_absent as why_no_lpips
@@ -57,12 +59,17 @@ STRIP_ROWS = 6  # images in the strip: more are no clearer
 
 
 def evaluate(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """Measure a tokenizer, or reconstruct one photo, as configs/evaluate.yaml describes; returns what it wrote.
+    """Measure a tokenizer, or a generator's samples, or reconstruct one photo, as configs/evaluate.yaml describes.
 
-    Raises UserError for what cannot work, before anything is written.
+    Returns the report that it wrote. Raises UserError for what cannot work, before anything is written.
     """
     cfg: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
     with processes(cfg["device"]) as (rank, world_size, device):
+        if of_samples(cfg):
+            from smalti.evaluation import samples  # which needs generate.py's machinery, and that this file
+
+            nothing = cfg["model_path"] is None and cfg["samples_path"] is None
+            return (samples.train_alone if nothing else samples.measure_samples)(cfg, device, rank, world_size)
         tokenizer = load_tokenizer(cfg["model_path"], cfg["teacher_path"]).to(device)
         override_sampling(tokenizer, cfg["sampling"])
         if cfg["image"] is not None:
@@ -131,8 +138,8 @@ def measure(
             "preprocessing": preprocessing(data.crop, spec.image_size),
             "data": {
                 "name": str(data.path or "shapes"),
-                "split": _split_name(data),
-                "fingerprint": _fingerprint(whole.dataset, batches),
+                "split": split_name(data),
+                "fingerprint": fingerprint(whole.dataset, batches),
             },
             "model": describe_model(tokenizer, cfg),
             "weights": {
@@ -202,14 +209,20 @@ def load_tokenizer(model_path: str, teacher_path: str | None, key: str = "model_
 
 def data_for(tokenizer: Tokenizer, cfg: Mapping[str, Any]) -> DataModule:
     """The images, cut to the size that the tokenizer takes. Raises UserError where the config asks for another one."""
+    return data_of_size(tokenizer.spec.image_size, cfg, f"model_path={cfg['model_path']}")
+
+
+def data_of_size(size: int, cfg: Mapping[str, Any], whose: str) -> DataModule:
+    """The images, cut to `size`. whose: what takes images of that size, for the message where the config asks for
+    another one."""
     from smalti.instantiate import instantiate
 
-    size, data = tokenizer.spec.image_size, dict(cfg["data"])
+    data = dict(cfg["data"])
     for key in ("image_size", "resize"):
         if data[key] not in (None, size):
             raise UserError(
-                f"data.{key}={data[key]}, but model_path={cfg['model_path']} takes images of {size} × {size}, to which "
-                "all are resized; leave it out"
+                f"data.{key}={data[key]}, but {whose} takes images of {size} × {size}, to which all are resized; leave "
+                "it out"
             )
     if data["batch_size"] not in (None, cfg["batch_size"]):
         raise UserError(f"data.batch_size={data['batch_size']} is of training; use batch_size={data['batch_size']}")
@@ -221,8 +234,9 @@ def data_for(tokenizer: Tokenizer, cfg: Mapping[str, Any]) -> DataModule:
 
 def output_folder(cfg: Mapping[str, Any], name: str) -> Path:
     """Where results go: `output`, or evaluation/<name> inside the model's folder. Refused early when not writable."""
-    model = Path(cfg["model_path"]).expanduser()
-    home = model / "evaluation" if model.is_dir() else Path("evaluation") / str(cfg["model_path"]).replace("/", "--")
+    measured = str(cfg["model_path"] or Path(cfg["samples_path"]).name)
+    model = Path(measured).expanduser()
+    home = model / "evaluation" if model.is_dir() else Path("evaluation") / measured.replace("/", "--")
     folder = Path(cfg["output"]).expanduser() if cfg["output"] is not None else home / name
     above = next(place for place in (folder, *folder.parents) if place.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
@@ -280,7 +294,7 @@ def _sizes(spec: TokenSpec, length: int) -> dict[str, float]:
     return figures
 
 
-def _split_name(data: DataModule) -> str:
+def split_name(data: DataModule) -> str:
     """Which images `data.test` are: the folder's name, or that they were held out of the training images."""
     source = data.test.source
     if source is data.train.source:
@@ -289,7 +303,7 @@ def _split_name(data: DataModule) -> str:
     return next((name for name in reversed(folders) if name in ("test", "val", "validation")), "validation")
 
 
-def _fingerprint(dataset: Any, batches: Sequence[Batch]) -> str:
+def fingerprint(dataset: Any, batches: Sequence[Batch]) -> str:
     """A hash of the keys of the measured images, in order."""
     split, keys = dataset.split, hashlib.sha256()
     for batch in batches:

@@ -1,7 +1,8 @@
 """A report of an evaluation as JSON, as a Markdown table that says how each figure was obtained, and as plain lines.
 
-report: {"figures": {name: number}, "left_out": {name: why}, "protocol": {…}} and, of an evaluation by prefix length,
-{"by_length": [figures of each], "rate_distortion": {…}}, as smalti/evaluation/run.py makes it.
+report: {"figures": {name: number}, "left_out": {name: why}, "protocol": {…}}, of samples also {"notes": [line]}, and
+of an evaluation by prefix length {"by_length": [figures of each], "rate_distortion": {…}}, as run.py and samples.py
+beside this file make it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ def to_json(report: Mapping[str, Any]) -> str:
 
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The table of figures, then what was measured and with which versions and weights."""
-    rows = [(name, shown(name, value), how(name)) for name, value in report["figures"].items()]
-    rows += [(name, "–", f"left out: {why}") for name, why in report["left_out"].items()]
     protocol = report["protocol"]
+    samples = "reference" in protocol
+    rows = [(name, shown(name, value), how(name, samples=samples)) for name, value in report["figures"].items()]
+    rows += [(name, "–", f"left out: {why}") for name, why in report["left_out"].items()]
     lines = [f"# {protocol['model']['path']}", "", sentence(protocol), "", *table(("figure", "value", "how"), rows), ""]
+    for note in report.get("notes", ()):
+        lines += [f"{note}.", ""]
     if "by_length" in report:
         header, *body = by_length(report["by_length"])
         lines += ["## By prefix length", "", *table(header, body, right=range(len(header))), ""]
@@ -57,6 +61,7 @@ def to_text(report: Mapping[str, Any]) -> str:
     lines = [sentence(report["protocol"])]
     lines += [f"  {name:{width}}  {value}" for name, value in figures.items()]
     lines += [f"  {name:{width}}  left out: {why}" for name, why in report["left_out"].items()]
+    lines += [f"  {note}" for note in report.get("notes", ())]
     if "by_length" in report:
         rows = by_length(report["by_length"])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -94,7 +99,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Container
 
 
 def sentence(protocol: Mapping[str, Any]) -> str:
-    """Which images were measured, at what size."""
+    """Which images were measured, at what size, and samples against what."""
+    if "reference" in protocol:
+        reference = protocol["reference"]
+        real = f"{reference['images']:,} images" if reference["images"] else "statistics"
+        against = f"{real} of {reference['name']} ({reference['split']})"
+        return f"{protocol['images']:,} samples against {against}, {protocol['resolution']} pixels"
     data = protocol["data"]
     return f"{protocol['images']} images of {data['name']} ({data['split']}), {protocol['resolution']} pixels"
 

@@ -121,6 +121,13 @@ BAD_LINES = [
     ("train experiment=gpt generator.num_classes=-1", "generator.num_classes=-1 must not be negative"),
     ("train experiment=gpt ema.decay=2", "ema.decay=2 must lie in [0, 1)"),
     ("evaluate", "model_path is required"),
+    ("evaluate samples_path={missing}.npz", "does not exist"),
+    ("evaluate samples_path={file} reference=trian", "reference=trian is unknown; give train or test"),
+    ("evaluate samples_path={file} reference={missing}.npz", "does not exist"),
+    ("evaluate samples_path={file} labels=[]", "labels=[] names no class"),
+    ("evaluate samples_path={file} samples=0", "samples=0 must be at least 1"),
+    ("evaluate samples_path={file} bounds=-1", "bounds=-1 must not be negative"),
+    ("evaluate samples_path={file} classifier=tran", "classifier=tran is unknown; did you mean 'train'"),
     ("evaluate model_path={missing}", "does not exist; did you mean 'photos'?"),
     ("evaluate model_path={photos}", "is not an export (no config.json)"),
     # encode: {export} has the files of an export, which no line here gets to read

@@ -1,5 +1,6 @@
 """A tiny tokenizer and a folder of images that every test of the evaluation can use."""
 
+import sys
 from pathlib import Path
 
 import hydra
@@ -10,6 +11,8 @@ from PIL import Image
 from tiny_models import tiny_titok
 
 from smalti.tokenizers.quantizers.kl import GaussianQuantizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))  # for its toy generator
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,66 @@
+"""Between what the figures of samples lie: a tokenizer's reconstructions of real images, and its uniform random tokens.
+
+A generator cannot well beat the first, since its tokens are decoded by the same tokenizer; the second knows nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from smalti.errors import UserError
+from smalti.evaluation.adm import sample_to_uint8
+from smalti.generation import decode_numbered
+from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.spec import Tokens
+from smalti.training.draws import generator as draws_of
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Images that are decoded, resized and quantised as samples are. length: tokens of an image, None: all."""
+
+    tokenizer: Tokenizer
+    device: torch.device
+    length: int | None = None
+    size: int | None = None
+    seed: int = 0
+
+    @torch.inference_mode()
+    def reconstructions(self, ranges: Sequence[range], batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """uint8 (b, 3, h, w) of uint8 images alike, those of each range of numbers."""
+        side = self.tokenizer.spec.image_size
+        for numbers, images in zip(ranges, batches, strict=True):
+            x = images.to(self.device).float() / 255
+            if x.shape[-1] != side:  # samples of another size are resized behind the decoder
+                x = torch.nn.functional.interpolate(x, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+            yield self._decoded(self._prefix(self.tokenizer.encode(x)), numbers)
+
+    @torch.inference_mode()
+    def uniform(self, ranges: Sequence[range]) -> Iterator[Tensor]:
+        """uint8 (b, 3, h, w) of uniform random indices; those of a number are drawn from (seed, number) alone."""
+        spec = self.tokenizer.spec
+        shape = (spec.length,) if spec.depth == 1 else (spec.length, spec.depth)
+        assert spec.codebook_size is not None
+        for numbers in ranges:
+            drawn = [
+                torch.randint(spec.codebook_size, shape, generator=draws_of("uniform", self.seed, n)) for n in numbers
+            ]
+            tokens = Tokens.full(None, torch.stack(drawn).to(self.device))  # as a generator gives them
+            yield self._decoded(self._prefix(tokens), numbers)
+
+    def _prefix(self, tokens: Tokens) -> Tokens:
+        if self.length is None:
+            return tokens
+        try:
+            return tokens.prefix(self.length)
+        except ValueError as error:
+            raise UserError(f"length={self.length}: {error}") from error
+
+    def _decoded(self, tokens: Tokens, numbers: range) -> Tensor:
+        images = decode_numbered(self.tokenizer, tokens, numbers, self.seed)
+        return rearrange(sample_to_uint8(images, self.size), "b h w c -> b c h w").cpu().contiguous()
