@@ -131,7 +131,8 @@ def depths(encoder: int, decoder: int) -> dict[str, Any]:
 
 
 VQGAN = {  # llamagen fact sheet (FoundationVision/LlamaGen@ce98ec4), sections 3.1 to 3.4
-    "data.crop": "adm_random", "data.resize": None, "data.batch_size": 128, "trainer.max_steps": 40 * (1_281_167 // 128),
+    "data.crop": "adm_random", "data.resize": None, "data.batch_size": 128,
+    "trainer.max_steps": 40 * (1_281_167 // 128),
     "optimizer.betas": [0.9, 0.95], "optimizer.weight_decay": 0.0, "optimizer.schedule": "constant",
     "optimizer.end_lr": 1e-5, "optimizer.warmup_steps": 0, "ema.decay": 0.9999, "ema.constant": True,
     "trainer.precision": "bf16-mixed",

@@ -110,7 +110,7 @@ def test_arrays_of_numbers_are_decoded_and_arrays_of_objects_are_not():
     file = io.BytesIO()
     np.save(file, np.array([{"a": 1}]), allow_pickle=True)
     for data in (file.getvalue(), pickle.dumps({"a": 1})):
-        with pytest.raises(ValueError, match="[Pp]ickle"):
+        with pytest.raises(ValueError, match=r"[Pp]ickle"):
             decode_member("npy", data)
 
 

@@ -177,9 +177,7 @@ def test_files_that_are_none_are_refused_in_one_line(change: Any, name: str, mes
 def test_a_size_of_ones_own_needs_its_number_of_heads(tmp_path: Path) -> None:
     model, state = published(n_layer=3)
     torch.save({"model": state}, tmp_path / "c2i_B_256.pt")
-    with pytest.raises(
-        UserError, match=r"3 layers of width 24, which is no .* config=FILE with n_head"
-    ):
+    with pytest.raises(UserError, match=r"3 layers of width 24, which is no .* config=FILE with n_head"):
         llamagen.convert(tmp_path / "c2i_B_256.pt")
     (tmp_path / "own.json").write_text(json.dumps({"n_head": 3}))
     same(llamagen.convert(tmp_path / "c2i_B_256.pt", tmp_path / "own.json"), model)
