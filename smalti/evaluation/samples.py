@@ -42,6 +42,7 @@ from smalti.evaluation.references import (
     samples_file,
 )
 from smalti.evaluation.run import data_of_size, load_tokenizer, output_folder
+from smalti.evaluation.sampling import override_sampling
 from smalti.generation import Sampler, columns_for, load_sampler
 from smalti.headway import Headway
 
@@ -266,6 +267,7 @@ def _bounds(run: Measurement, sampler: Sampler | None, network: FeatureExtractor
         tokenizer = sampler.tokenizer
     elif cfg["tokenizer_path"] is not None:
         tokenizer = load_tokenizer(cfg["tokenizer_path"], cfg["teacher_path"], key="tokenizer_path").to(run.device)
+        override_sampling(tokenizer, cfg["decoding"], "decoding")
     else:
         run.left_out[f"{CLASSIFIED}_reconstructions"] = "needs the samples' tokenizer: tokenizer_path=DIR"
         return found

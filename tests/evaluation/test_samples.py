@@ -29,6 +29,7 @@ from smalti.evaluation.run import evaluate
 from smalti.generation import generate
 from smalti.generation import load_sampler as load
 from smalti.generators.base import Generator
+from smalti.generators.gpt import GPT
 from smalti.tokenizers.base import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,10 +213,15 @@ def test_a_reference_of_adm_gives_its_statistics_and_its_images(
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(measure: Any, tmp_path: Path, shapes: Path, cache: Path) -> None:
-    made = tmp_path / "adm.npz"
-    np.savez(made, arr_0=np.random.default_rng(0).integers(0, 256, (220, SIDE, SIDE, 3), dtype=np.uint8))
     tiny_titok().save_pretrained(tmp_path / "tokenizer")
-    words = [f"samples_path={made}", f"tokenizer_path={tmp_path / 'tokenizer'}", "samples=220", "batch_size=24"]
+    model = GPT(tokens=tiny_titok().spec.to_dict(), num_classes=2, width=32, depth=1, heads=2)
+    model.save_pretrained(tmp_path / "gpt")
+    words = [
+        f"model_path={tmp_path / 'gpt'}",
+        f"tokenizer_path={tmp_path / 'tokenizer'}",
+        "samples=220",
+        "batch_size=24",
+    ]
     words += ["images=300", "bounds=200"]
     one = measure(*words)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "evaluate.py"]
@@ -344,8 +350,9 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_is_written(
         ([f"samples_path={file('x.npz', x=images)}"], "holds x, but images are read from arr_0"),
         ([f"samples_path={file('f.npz', arr_0=images / 2)}"], r"arr_0 of float64 .* are \(N, size, size, 3\) uint8"),
         ([f"samples_path={file('s.npz', mu=images, sigma=images)}"], "statistics and no images"),
-        ([f"model_path={model_path}"], r"samples=200 is for generators, but model_path=.* is a tokenizer"),
+        ([f"model_path={model_path}"], r"samples=200 is for samples of a generator, but model_path=.* is a tokenizer"),
         (["classifier=train"], "data.image_size=null"),
+        ([f"samples_path={good}", "samples=5", "labels=[1]"], "labels=.* is for generators, but samples are measured"),
     ):
         with pytest.raises(UserError, match=said) as refusal:
             measure(*words)
