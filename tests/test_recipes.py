@@ -208,11 +208,6 @@ GENERATORS = {
     "gpt_xl": gpt(1280, 36, 20, 256, 2e-4, 1.75, 384),
     "gpt_xxl": gpt(1536, 48, 24, 512, 2e-4, 1.75, 384),
     "gpt_3b": gpt(3200, 24, 32, 512, 2e-4, 1.65, 384),
-    "gpt_t2i": {  # section 4.2; batch and steps are not published
-        **GPT, "optimizer.lr": 1e-4, "generator.width": 1280, "generator.depth": 36, "generator.heads": 20,
-        "generator.text_dim": 2048, "generator.text_length": 120, "generator.null_text": "fixed", "data.crop": "center",
-        "data.flip": False, "generator.sampling.guidance": 7.5, "generator.sampling.top_k": 1000,
-    },
     "flextok_ar": {  # flextok fact sheet, section 8; its training is not published
         "generator.width": 1792, "generator.depth": 28, "generator.heads": 28, "generator.label_dropout": 0.1,
         "generator.sampling.guidance": 1.5, "generator.sampling.temperature": 1.0, "generator.sampling.top_k": None,
