@@ -16,7 +16,7 @@ from smalti.generators.decoding import guidance
 from smalti.generators.decoding.autoregressive import Decoded, Predictor, decode
 from smalti.generators.decoding.choice import uniforms
 from smalti.generators.decoding.filters import Filters
-from smalti.tokenizers.flextok import read_settings
+from smalti.settings import read_settings
 from smalti.tokenizers.spec import Tokens
 
 

@@ -24,7 +24,7 @@ from smalti.layers.attention import CausalAttention, attend
 from smalti.layers.cache import KVCache
 from smalti.layers.mlp import MLP, FeedForward, llama_hidden
 from smalti.layers.positions import sincos
-from smalti.tokenizers.flextok import read_settings
+from smalti.settings import check_choice, check_shares, check_sizes, read_settings
 from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
@@ -41,8 +41,7 @@ class FlexTokARSampling(AutoregressiveSampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.null_class not in ("none", "first"):
-            raise ValueError(f"null_class={self.null_class!r} is not known; use 'none' or 'first'")
+        check_choice("null_class", self.null_class, ("none", "first"))
 
 
 class FlexTokAR(AutoregressiveGenerator):
@@ -80,12 +79,11 @@ class FlexTokAR(AutoregressiveGenerator):
         sampling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(tokens)
-        if positions not in ("learned", "sincos"):
-            raise ValueError(f"positions={positions!r} is not known; use 'learned' or 'sincos'")
+        check_choice("positions", positions, ("learned", "sincos"))
         if num_classes is not None and text_dim is not None:
             raise ValueError(f"num_classes={num_classes} and text_dim={text_dim} exclude each other; set one of them")
-        if not 0 <= label_dropout < 1:
-            raise ValueError(f"label_dropout={label_dropout} is not in [0, 1)")
+        check_sizes(width=width, depth=depth, heads=heads, hidden=hidden, text_dim=text_dim)
+        check_shares(label_dropout=label_dropout)
         n, codes = self.spec.length, self.spec.codebook_size
         assert codes is not None
         self.num_classes, self.text_dim, self.label_dropout = num_classes, text_dim, label_dropout

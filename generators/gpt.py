@@ -25,7 +25,7 @@ from smalti.layers.drop import DropPath
 from smalti.layers.mlp import MLP, FeedForward, llama_hidden
 from smalti.layers.norms import RMSNorm
 from smalti.layers.rotary import Rotary
-from smalti.tokenizers.flextok import read_settings
+from smalti.settings import check_choice, check_shares, check_sizes, read_settings
 from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
@@ -75,19 +75,13 @@ class GPT(AutoregressiveGenerator):
         sampling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(tokens)
-        if positions not in ("rope", "learned"):
-            raise ValueError(f"positions={positions!r} is not known; use 'rope' or 'learned'")
-        if null_text not in ("learned", "fixed"):
-            raise ValueError(f"null_text={null_text!r} is not known; use 'learned' or 'fixed'")
+        check_choice("positions", positions, ("rope", "learned"))
+        check_choice("null_text", null_text, ("learned", "fixed"))
         if num_classes is not None and text_dim is not None:
             raise ValueError(f"num_classes={num_classes} and text_dim={text_dim} exclude each other; set one of them")
-        sizes = {"width": width, "depth": depth, "heads": heads, "kv_heads": kv_heads, "hidden": hidden}
-        for name, size in {**sizes, "text_dim": text_dim, "text_length": text_length}.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name}={size} is not positive")
-        for name, share in (("label_dropout", label_dropout), ("drop_path", drop_path)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name}={share} is not in [0, 1)")
+        check_sizes(width=width, depth=depth, heads=heads, kv_heads=kv_heads, hidden=hidden)
+        check_sizes(text_dim=text_dim, text_length=text_length)
+        check_shares(label_dropout=label_dropout, drop_path=drop_path)
         codes = self.spec.codebook_size
         assert codes is not None
         self.num_classes, self.label_dropout = num_classes, label_dropout

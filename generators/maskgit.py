@@ -22,10 +22,10 @@ from smalti.generators.decoding.choice import inverse_cdf, uniforms
 from smalti.generators.decoding.filters import Filters
 from smalti.generators.decoding.guidance import guide, scales
 from smalti.generators.decoding.masked import MaskedDecoder, Prediction, Step, least_sure
-from smalti.generators.decoding.schedules import check_schedule, random_mask, stay_masked
+from smalti.generators.decoding.schedules import SCHEDULES, random_mask, stay_masked
 from smalti.layers.attention import attend
 from smalti.layers.mlp import MLP
-from smalti.tokenizers.flextok import read_settings
+from smalti.settings import check_choice, check_shares, check_sizes, read_settings
 from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
@@ -54,7 +54,7 @@ class MaskGITSampling:
             raise ValueError(f"steps={self.steps} is not positive")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} is negative; 0 takes the most probable token")
-        check_schedule("mask_schedule", self.mask_schedule)
+        check_choice("mask_schedule", self.mask_schedule, SCHEDULES)
         self.scales()
 
     def scales(self) -> list[float]:
@@ -114,21 +114,12 @@ class MaskGIT(Generator):
         sampling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(tokens)
-        for name, size in (("width", width), ("depth", depth), ("heads", heads), ("mlp_width", mlp_width)):
-            if size < 1:
-                raise ValueError(f"{name}={size} is not positive")
-        for name, share in (
-            ("label_dropout", label_dropout),
-            ("dropout", dropout),
-            ("attention_dropout", attention_dropout),
-        ):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name}={share} is not in [0, 1)")
-        if body not in ("bert", "uvit"):
-            raise ValueError(f"body={body!r} is not known; use 'bert' or 'uvit'")
+        check_sizes(width=width, depth=depth, heads=heads, mlp_width=mlp_width)
+        check_shares(label_dropout=label_dropout, dropout=dropout, attention_dropout=attention_dropout)
+        check_choice("body", body, ("bert", "uvit"))
         if body == "uvit" and (dropout or attention_dropout):
             raise ValueError("dropout and attention_dropout are of body=bert; leave them out with body=uvit")
-        check_schedule("mask_schedule", mask_schedule)
+        check_choice("mask_schedule", mask_schedule, SCHEDULES)
         self.num_classes = num_classes
         self.mask_schedule, self.label_dropout = mask_schedule, label_dropout
         self.label_smoothing, self.unmasked_weight = label_smoothing, unmasked_weight

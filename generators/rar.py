@@ -22,7 +22,7 @@ from smalti.generators.autoregressive import AutoregressiveGenerator, Autoregres
 from smalti.generators.base import Condition, GeneratorOutput, accept_codes, indices_of
 from smalti.layers.attention import attend
 from smalti.layers.cache import KVCache
-from smalti.tokenizers.flextok import read_settings
+from smalti.settings import check_shares, check_sizes, read_settings
 from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
@@ -65,16 +65,8 @@ class RAR(AutoregressiveGenerator):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(tokens)
-        for name, size in (("width", width), ("depth", depth), ("heads", heads), ("mlp_width", mlp_width)):
-            if size < 1:
-                raise ValueError(f"{name}={size} is not positive")
-        for name, share in (
-            ("label_dropout", label_dropout),
-            ("dropout", dropout),
-            ("attention_dropout", attention_dropout),
-        ):
-            if not 0 <= share < 1:
-                raise ValueError(f"{name}={share} is not in [0, 1)")
+        check_sizes(width=width, depth=depth, heads=heads, mlp_width=mlp_width)
+        check_shares(label_dropout=label_dropout, dropout=dropout, attention_dropout=attention_dropout)
         if not 0 <= anneal_start <= anneal_end:
             raise ValueError(f"anneal_start={anneal_start} is not in 0…anneal_end={anneal_end}")
         self.num_classes, self.label_dropout = num_classes, label_dropout

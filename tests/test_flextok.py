@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import smalti
 from smalti.errors import UserError
 from smalti.registry import build, describe
+from smalti.settings import read_settings
 from smalti.tokenizers.base import TokenizerOutput
 from smalti.tokenizers.flextok import (
     Decoder,
@@ -23,7 +24,6 @@ from smalti.tokenizers.flextok import (
     EncoderTrunk,
     FlexTok,
     Sampling,
-    read_settings,
 )
 from smalti.tokenizers.patch_vae import PatchVAE
 from smalti.tokenizers.quantizers.fsq import FSQ

@@ -288,7 +288,7 @@ def test_tokens_of_another_kind_are_refused_in_one_line(spec: dict[str, Any], me
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"body": "vit"}, "body='vit' is not known; use 'bert' or 'uvit'"),
+        ({"body": "vit"}, "body='vit' is not known; use one of bert, uvit"),
         ({"dropout": 0.1}, "are of body=bert; leave them out"),
         ({"heads": 3}, "width=32 is not a multiple of heads=3"),
         ({"depth": 0}, "depth=0 is not positive"),

@@ -13,8 +13,8 @@ sizes make a dense batch, and lengths are masks. Published weights and their nam
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from smalti.layers.mlp import ProjectionHead
 from smalti.layers.patches import patchify, unpatchify
 from smalti.layers.positions import LearnedPositions, SinCosPositions
 from smalti.layers.time import TimestepEmbedding
+from smalti.settings import check_choice, check_sizes, read_settings
 from smalti.tokenizers.base import Flow, Tokenizer, TokenizerOutput
 from smalti.tokenizers.quantizers.base import Draws, Quantizer
 from smalti.tokenizers.regularizers import Regularizer, draw_null, hide, kept_mask
@@ -37,7 +38,6 @@ from smalti.tokenizers.spec import Tokens, TokenSpec
 from smalti.training.draws import generator as generator_of
 
 Pair = tuple[int, int]
-Sizes = TypeVar("Sizes")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Positions:
     layout: str = "corrected"
 
     def __post_init__(self) -> None:
-        _check_choice("positions.kind", self.kind, ("sincos", "learned_sum", "learned_product"))
+        check_choice("positions.kind", self.kind, ("sincos", "learned_sum", "learned_product"))
         if self.kind != "sincos" and (self.scaling, self.layout) != ("absolute", "corrected"):
             raise ValueError(f"positions.kind={self.kind} has neither scaling nor layout; leave them out")
 
@@ -79,7 +79,7 @@ class Registers:
     at_inference: int | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("registers.ordering", self.ordering, ("nested", "avg_pool"))
+        check_choice("registers.ordering", self.ordering, ("nested", "avg_pool"))
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,10 @@ class Trunk:
     proj_bias: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not positive")
+        check_sizes(width=self.width, depth=self.depth, heads=self.heads)
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
-        _check_choice("mask", self.mask, MODES)
+        check_choice("mask", self.mask, MODES)
 
     @property
     def block_options(self) -> dict[str, Any]:
@@ -140,7 +138,7 @@ class DecoderTrunk(Trunk):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice("null", self.null, ("learned", "zero", "learned_single"))
+        check_choice("null", self.null, ("learned", "zero", "learned_single"))
         if self.modulation_groups not in (1, 2):
             raise ValueError(f"modulation_groups={self.modulation_groups} is neither 1 nor 2")
 
@@ -181,7 +179,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"sampling.steps={self.steps} is not positive")
-        _check_choice("sampling.solver", self.solver, ("euler", "heun"))
+        check_choice("sampling.solver", self.solver, ("euler", "heun"))
 
     def rule(self) -> Guidance:
         return Guidance(self.guidance, self.apg, self.momentum, self.threshold, self.eta, self.rescale)
@@ -226,7 +224,7 @@ class FlexTok(Tokenizer):
             raise ValueError(f"num_latent_tokens={num_latent_tokens} is not positive")
         if not 0 <= null_dropout <= 1:
             raise ValueError(f"null_dropout={null_dropout} is not in [0, 1]")
-        _check_choice("init", init, ("published", "unit"))
+        check_choice("init", init, ("published", "unit"))
         enc, dec = read_settings(EncoderTrunk, "encoder", encoder), read_settings(DecoderTrunk, "decoder", decoder)
         self.noise_levels = read_settings(NoiseLevels, "noise", noise or {})
         self.sampling = read_settings(Sampling, "sampling", sampling or {})
@@ -625,23 +623,3 @@ def _named(draws: Draws, part: str) -> Draws:
 def _part(draws: Draws, part: str) -> Draws:
     """The draws of a part, without its name before theirs; empty where there are none."""
     return {name.removeprefix(f"{part}."): value for name, value in draws.items() if name.startswith(f"{part}.")}
-
-
-def read_settings(cls: type[Sizes], name: str, values: Mapping[str, Any]) -> Sizes:
-    """A dataclass from plain values; raises ValueError naming the argument that is wrong."""
-    known: Any = {item.name: item for item in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"{name}.{unknown[0]} is not known; {name} has {', '.join(known)}")
-    given = dict(values)
-    for part, kind in (("positions", Positions), ("registers", Registers)):
-        if isinstance(given.get(part), Mapping):
-            given[part] = read_settings(kind, f"{name}.{part}", given[part])
-    try:
-        return cls(**given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _check_choice(name: str, value: str, possible: Sequence[str]) -> None:
-    if value not in possible:
-        raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(possible)}")

@@ -17,12 +17,6 @@ SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def check_schedule(name: str, value: str) -> None:
-    """Raises ValueError for an unknown schedule; name: of the argument that holds it."""
-    if value not in SCHEDULES:
-        raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(SCHEDULES)}")
-
-
 def masked_share(schedule: str, uniform: Tensor) -> Tensor:
     """How much of a training sequence is masked, in [1e-6, 1]; uniform: in [0, 1], how far decoding has come."""
     return SCHEDULES[schedule](uniform).clamp(1e-6, 1)

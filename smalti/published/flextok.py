@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from smalti.errors import UserError
 from smalti.layers.positions import SinCosPositions
 from smalti.published.regularizers import nested_dropout
+from smalti.settings import read_settings
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.flextok import (
     Decoder,
@@ -38,7 +39,6 @@ from smalti.tokenizers.flextok import (
     EncoderTrunk,
     Features,
     FlexTok,
-    read_settings,
 )
 from smalti.tokenizers.klvae import KLVAE
 from smalti.tokenizers.quantizers.fsq import FSQ

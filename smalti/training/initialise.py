@@ -16,8 +16,9 @@ from torch import Tensor
 from smalti.errors import UserError
 from smalti.layers.positions import resize_grid
 from smalti.registry import describe
+from smalti.settings import read_settings
 from smalti.tokenizers.base import Tokenizer
-from smalti.tokenizers.flextok import DecoderTrunk, EncoderTrunk, FlexTok, read_settings
+from smalti.tokenizers.flextok import DecoderTrunk, EncoderTrunk, FlexTok
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from smalti.tokenizers.titok import TiTok
 
