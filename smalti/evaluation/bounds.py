@@ -1,6 +1,6 @@
 """Between what the figures of samples lie: a tokenizer's reconstructions of real images, and its uniform random tokens.
 
-A generator cannot well beat the first, since its tokens are decoded by the same tokenizer; the second knows nothing.
+A generator's tokens are decoded by the same tokenizer as the first; the second knows nothing.
 """
 
 from __future__ import annotations
