@@ -22,8 +22,8 @@ class GeneratorModule(TrainingModule):
     """A generator and, where `ema` says so, its moving average; further arguments as of `TrainingModule`.
 
     tokenizer: frozen; encodes images in the loop, and validation decodes with it. A batch has `image` (b, 3, h, w),
-    uint8 or float in [0, 1], or `indices` (b, n) or (b, n, q), which then must be this tokenizer's; and any of `label`
-    (b,) (-1: none), `features` (b, l, c) with `mask` (b, l), and `weight` (b,), how much each sample counts, for
+    uint8 or float in [0, 1], or `indices` (b, n) or (b, n, q) or `latents` (b, n, d), which then must be this
+    tokenizer's; and any of `label` (b,) (-1: none), `features` (b, l, c) with `mask` (b, l), and `weight` (b,), how much each sample counts, for
     generators whose forward takes it.
     """
 
@@ -120,7 +120,9 @@ class GeneratorModule(TrainingModule):
 
     @torch.no_grad()
     def tokens_of(self, batch: dict[str, Any]) -> Tokens:
-        """A batch's indices, or its images by the tokenizer, in float32: the tokens that `encode.py` writes."""
+        """A batch's tokens, or its images by the tokenizer, in float32: the tokens that `encode.py` writes."""
+        if "latents" in batch:
+            return Tokens.full(batch["latents"])
         if "indices" in batch:
             return Tokens.full(None, batch["indices"].long())
         if self.tokenizer is None:
