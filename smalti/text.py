@@ -77,7 +77,7 @@ class TextEncoder(nn.Module):
         ).to(device)
         mask = tokens["attention_mask"].bool()
         if not mask.shape[1]:  # of texts without a word, where the tokenizer has no sign for the end
-            return torch.zeros(len(captions), 1, self.dim, device=device), torch.zeros_like(mask[:, :1])
+            return torch.zeros(len(mask), 1, self.dim, device=device), mask.new_zeros(len(mask), 1)
         with torch.autocast(device.type, enabled=False), torch.no_grad():
             output = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         states = getattr(output, "last_hidden_state", None)

@@ -19,14 +19,14 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_t5(dim=8, seed=0)`: the folder of a T5, encoder and decoder, whose features have `dim` channels."""
 
     def make(dim: int = 8, seed: int = 0) -> Path:
+        folder = tmp_path_factory.getbasetemp() / f"t5-{dim}-{seed}"
+        if folder.is_dir():
+            return folder
         import torch
         from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
         from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-        folder = tmp_path_factory.getbasetemp() / f"t5-{dim}-{seed}"
-        if folder.is_dir():
-            return folder
         words = [*WORDS.split(), *map(str, range(60))]
         numbers = {word: number for number, word in enumerate(("<pad>", "</s>", "<unk>", *words))}
         tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))

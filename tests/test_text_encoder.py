@@ -78,7 +78,8 @@ def test_clips_text_model_is_one_within_its_limits(
 
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**size, "vocab_size": 100, "max_position_embeddings": 7, "eos_token_id": 1, "bos_token_id": 0}
-    CLIPModel(CLIPConfig(text, {**size, "image_size": 8, "patch_size": 4}, projection_dim=4)).save_pretrained(tmp_path)
+    vision = {**size, "image_size": 8, "patch_size": 4}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_t5()).save_pretrained(tmp_path)
     capfd.readouterr()
     encoder = TextEncoder(str(tmp_path), length=7)

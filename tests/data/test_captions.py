@@ -75,9 +75,8 @@ def test_three_captions_in_ten_are_short_anew_in_each_epoch_and_validation_sees_
     short = [caption.startswith("short") for _, caption in seen]
     # Binomial: six standard deviations of 3,200 draws at 0.3.
     assert abs(np.mean(short) - 0.3) < 6 * (0.21 / len(short)) ** 0.5
-    assert {caption for key, caption in seen if key == seen[0][0]} == {
-        f"{a} {int(seen[0][0])}" for a in ("long", "short")
-    }
+    first = int(seen[0][0])
+    assert {caption for key, caption in seen if int(key) == first} == {f"long {first}", f"short {first}"}
     again = [caption for batch in data.train_loader(7, total=400) for caption in batch["caption"]]
     assert again == [caption for _, caption in seen[7 * 8 :]]
     assert all(caption.startswith("long") for batch in data.validation_loader() for caption in batch["caption"])
