@@ -226,6 +226,8 @@ def _check_tokenising(values: Mapping[str, Any]) -> None:
     if not values["enlarge"] or min(values["enlarge"]) < 1:
         raise UserError(f"enlarge={_show(values['enlarge'])} must be numbers of at least 1, such as [1.1]")
     check_text_encoder(values["text_encoder"])
+    if values["text_encoder"] is None and values["text_length"] != 120:
+        raise UserError(f"text_length={values['text_length']} is of text_encoder, which is not given; leave it out")
     output = values["output"]
     if Path(output).suffix == ".tar":
         raise UserError(f"output={output} must be a folder, in which the shards are written")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -88,6 +89,7 @@ class TextEncoder(nn.Module):
 
 def _load(name: str) -> tuple[Any, Any]:
     """An encoder in float32 and its tokenizer, which pads at the end."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and a loader's forked workers do not agree
     try:
         import transformers
     except ImportError as error:

@@ -33,7 +33,8 @@ COUNT, WITHOUT, SMALL, LENGTH = 30, 5, 6, 8
 TINY = [
     "experiment=gpt_t2i", "generator.width=16", "generator.depth=1", "generator.heads=2",
     f"generator.text_length={LENGTH}", "generator.sampling.guidance=1.0", "data.batch_size=6", "data.workers=0",
-    "validation.images=4", "validation.every=3", "trainer.max_steps=3", "optimizer.warmup_steps=0", "optimizer.lr=1e-2", "logger.every=1",
+    "validation.images=4", "validation.every=3", "trainer.max_steps=3", "optimizer.warmup_steps=0",
+    "optimizer.lr=1e-2", "logger.every=1",
 ]  # fmt: skip
 
 
@@ -188,6 +189,13 @@ def test_pictures_without_or_of_other_texts_are_refused(
     with pytest.raises(UserError, match=said):
         generate(place, run, tmp_path / "out.npz", *words)
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_flextoks_generator_is_one_by_text_too(tmp_path: Path, place: Path) -> None:
+    words = [word for word in TINY if "text_length" not in word]
+    more = ["experiment=flextok_ar", "generator.text_dim=auto", f"data.path={place}/tokens", "trainer.max_steps=1"]
+    folder, _ = train_once([*words, f"run={tmp_path}/run", f"tokenizer_path={place}/tokenizer", *more])
+    assert generate(place, Path(folder), tmp_path / "out.npz", "prompts=a red circle").shape == (4, SIDE, SIDE, 3)
 
 
 def test_generators_by_class_take_no_prompts_and_no_encoder(tmp_path: Path, place: Path) -> None:
