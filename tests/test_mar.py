@@ -203,7 +203,8 @@ class Counting:
     """What networks are asked for."""
 
     def __init__(self, model: MAR) -> None:
-        assert isinstance(body := model.body, MaskedAutoencoder)
+        body = model.body
+        assert isinstance(body, MaskedAutoencoder)
         self.encoded: list[tuple[int, int]] = []
         self.last: list[tuple[int, int]] = []
         self.rows: list[int] = []
