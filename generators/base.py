@@ -114,6 +114,16 @@ class Generator(Model):
             if not -1 <= label < self.num_classes:
                 raise ValueError(f"label {label}: this generator knows 0 to {self.num_classes - 1}")
 
+    @property
+    def has_null(self) -> bool:
+        """Whether it knows what no condition is, which guidance needs."""
+        return True
+
+    def check_guidance(self, guidance: float) -> None:
+        """Raises ValueError for a scale other than 1 where there is no null condition."""
+        if guidance != 1 and not self.has_null:
+            raise ValueError(f"guidance={guidance}: this generator does not know what no condition is; use 1")
+
     def labels_of(self, condition: Condition, rows: int, device: torch.device) -> Tensor:
         """(rows,) int64 classes for generators that take nothing else, −1 for the null condition.
 

@@ -17,9 +17,7 @@ from smalti.errors import UserError, run_command
 from smalti.instantiate import check_arguments
 
 # Overrides that a run hands on to the one that it needs first (a teacher, a tokenizer), which keeps its own length.
-HANDED_ON = (
-    "data", "trainer", "validation", "checkpoint", "logger", "seed", "output", "scale", "teacher_path", "vae_path",
-)  # fmt: skip
+HANDED_ON = ("data", "trainer", "logger", "seed", "output", "scale", "teacher_path", "vae_path")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -23,8 +23,8 @@ class GeneratorModule(TrainingModule):
 
     tokenizer: frozen; encodes images in the loop, and validation decodes with it. A batch has `image` (b, 3, h, w),
     uint8 or float in [0, 1], or `indices` (b, n) or (b, n, q) or `latents` (b, n, d), which then must be this
-    tokenizer's; and any of `label` (b,) (-1: none), `features` (b, l, c) with `mask` (b, l), and `weight` (b,), how much each sample counts, for
-    generators whose forward takes it.
+    tokenizer's; and any of `label` (b,) (-1: none), `features` (b, l, c) with `mask` (b, l), and `weight` (b,), how
+    much each sample counts, for generators whose forward takes it.
     """
 
     def __init__(
