@@ -87,7 +87,7 @@ class Bare:
         width, depth, heads = (model.arguments[name] for name in ("width", "depth", "heads"))
         self.model, self.buffer, self.n, self.width = model, body.buffer, model.n, width
         self.encoder, self.decoder = (
-            nn.Sequential(*(Block(width, heads, qkv_bias=True, proj_drop=0.1, attn_drop=0.1) for _ in range(depth)))
+            nn.Sequential(*[Block(width, heads, qkv_bias=True, proj_drop=0.1, attn_drop=0.1) for _ in range(depth)])
             for _ in range(2)
         )
         self.net: Any = model.head.net  # type: ignore[union-attr]
@@ -140,9 +140,8 @@ def sampling(pairs: int, quick: bool) -> None:
     ours, theirs = (medians(list(column)) for column in zip(*rows, strict=True))
     print(f"sampling {ours['all']:.2f} s, of which {shares(ours)}; published: 21 %, 46 %, 33 %")
     for part in PARTS:
-        print(
-            f"  {part}: {ours[part]:.2f} s, bare {theirs[part]:.2f} s, ratio {ours[part] / theirs[part]:.3f} (at most 1.10)"
-        )
+        ratio = f"ratio {ours[part] / theirs[part]:.3f} (at most 1.10)"
+        print(f"  {part}: {ours[part]:.2f} s, bare {theirs[part]:.2f} s, {ratio}")
     rest = ours["all"] - sum(ours[part] for part in PARTS)
     print(f"  everything else (draws, guidance's bookkeeping): {100 * rest / ours['all']:.1f} %")
 

@@ -124,6 +124,9 @@ class Generator(Model):
         if guidance != 1 and not self.has_null:
             raise ValueError(f"guidance={guidance}: this generator does not know what no condition is; use 1")
 
+    def check_sampling(self) -> None:
+        """Raises ValueError for settings in `sampling` that fit its class, but not this model."""
+
     def labels_of(self, condition: Condition, rows: int, device: torch.device) -> Tensor:
         """(rows,) int64 classes for generators that take nothing else, −1 for the null condition.
 

@@ -170,11 +170,18 @@ class MAR(Generator):
             dim=self.channels, condition_dim=self.body.out_width, width=head_width, depth=head_depth
         )
         self.sampling = read_settings(MARSampling, "sampling", sampling or {})
-        self.iterations(self.sampling)
+        self.check_sampling()
 
     @classmethod
     def accepts(cls, spec: TokenSpec) -> None:
         accept_latents("MAR", spec)
+
+    @property
+    def has_null(self) -> bool:
+        return self.label_dropout > 0
+
+    def check_sampling(self) -> None:
+        self.iterations(self.sampling)
 
     def places(self) -> tuple[int, int]:
         """How many tokens the body sees, and their channels. Raises ValueError where patches do not fit."""
@@ -254,8 +261,8 @@ class MAR(Generator):
         self.check_condition(condition)
         length = self.check_length(length)
         settings = read_settings(MARSampling, "sampling", {**asdict(self.sampling), **(sampling or {})})
-        if settings.guidance != 1 and not condition.empty and not self.label_dropout:
-            raise ValueError(f"guidance={settings.guidance}: this generator does not know what no condition is; use 1")
+        if not condition.empty:
+            self.check_guidance(settings.guidance)
         device = self.class_embedding.weight.device
         draws = SampleDraws(seeds, self.n, self.channels, device, self.order)
         made = torch.zeros(len(seeds), self.n, self.channels, device=device)

@@ -49,7 +49,8 @@ def draws_of(inputs: dict[str, Tensor], repeats: int) -> dict[str, Tensor]:
 
 def record_losses(model: MAR) -> list[tuple[Tensor, Tensor]]:
     """Squared errors and bits of every row, of each forward that follows."""
-    assert isinstance(head := model.head, DiffusionHead)
+    head = model.head
+    assert isinstance(head, DiffusionHead)
     seen: list[tuple[Tensor, Tensor]] = []
     losses_of = head.losses
 
