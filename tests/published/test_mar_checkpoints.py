@@ -102,7 +102,7 @@ class Harmful:
 
 
 def test_what_is_no_mar_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="does not exist; give a published checkpoint-last.pth, or its folder"):
+    with pytest.raises(UserError, match=r"does not exist; give a published checkpoint-last\.pth, or its folder"):
         convert(tmp_path)
     torch.save({"model": {"a.weight": torch.zeros(2)}}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="holds no model_ema; it has model"):
