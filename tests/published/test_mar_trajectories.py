@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from einops import rearrange
-from test_mar import draws_of, record_losses
+from test_mar_models import draws_of, record_losses
 from test_maskgit_trajectories import Record
 from torch import Tensor
 from torch.utils.data import DataLoader
