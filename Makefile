@@ -1,4 +1,4 @@
-# make demo       a tiny TiTok from nothing: trained, evaluated, exported; prints where its picture and model are
+# make demo       from nothing: a tiny TiTok trained, evaluated, exported; its tokens; a tiny GPT; pictures; says where all is
 # make test       tests of a few minutes           make test-all   the slow ones, too
 # make lint       ruff                             make types      mypy
 # make check      lint, types, test: what CI runs  make bench      benchmarks
@@ -9,8 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-RUN := runs/titok/tiny
-MODEL := runs/exports/titok-tiny
+DEMO := runs/demo
 # Two test processes with one thread each; ARGS="-k name" picks tests.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -33,13 +32,18 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 demo: $(READY)
-	$(BIN)/python train.py experiment=titok scale=tiny
-	$(BIN)/python evaluate.py model_path=$(RUN)/export
-	@rm -rf $(MODEL)
-	$(BIN)/python export.py run=$(RUN) output=$(MODEL)
+	$(BIN)/python train.py experiment=titok scale=tiny run=$(DEMO)/titok
+	$(BIN)/python evaluate.py model_path=$(DEMO)/titok/export
+	@rm -rf $(DEMO)/tokenizer
+	$(BIN)/python export.py run=$(DEMO)/titok output=$(DEMO)/tokenizer
+	$(BIN)/python encode.py data=shapes model_path=$(DEMO)/tokenizer output=$(DEMO)/tokens views=flip batch_size=64
+	$(BIN)/python train.py experiment=gpt scale=tiny data.path=$(DEMO)/tokens tokenizer_path=$(DEMO)/tokenizer run=$(DEMO)/gpt
+	$(BIN)/python generate.py model_path=$(DEMO)/gpt/export num=32 output=$(DEMO)/samples.png
 	@echo
-	@echo "reconstructions: $(RUN)/export/evaluation/shapes/reconstructions.png"
-	@echo "exported model:  $(MODEL)   in Python: smalti.load('$(MODEL)')"
+	@echo "reconstructions: $(DEMO)/titok/export/evaluation/shapes/reconstructions.png"
+	@echo "new images:      $(DEMO)/samples.png"
+	@echo "tokenizer:       $(DEMO)/tokenizer    in Python: smalti.load('$(DEMO)/tokenizer')"
+	@echo "generator:       $(DEMO)/gpt/export   its tokens: $(DEMO)/tokens"
 
 test: $(READY)
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -1,4 +1,4 @@
-"""What GPT costs beside a well-known library, its own matrix products, and its bare training step.
+"""What GPT costs beside a well-known library, its own matrix products, and its bare training step; MaskGIT likewise.
 
     python benchmarks/generators.py [--pairs 5] [--threads 2] [--quick] [--only sample|train]
 
@@ -6,9 +6,9 @@ Sampling: GPT-B, 256 tokens of 16,384 codes after a class, fp32, batch 4 with gu
 transformers' `LlamaForCausalLM.generate` with the same dimensions, rows and tokens (its key-value cache, multinomial
 sampling, no guidance), and against the products of the same tokens with the model's matrices alone.
 
-Training: a step of GPT-B on batch 4 under `GeneratorModule` and Lightning's Trainer (draws, forward, loss, backward,
-guard, clipping, AdamW; data in memory, no logging) against forward, loss and backward of the same model alone, and
-those against the same of transformers' Llama.
+Training: a step of GPT-B (256 tokens), and of MaskGIT of TiTok-B-64 (177 M parameters, 64 tokens), on batch 4 under
+`GeneratorModule` and Lightning's Trainer (draws, forward, loss, backward, guard, clipping, AdamW; data in memory, no
+logging) against forward, loss and backward of the same model alone; for GPT-B also against transformers' Llama.
 
 All take turns in one process; the ratio is that of the medians. --quick: fewer tokens, smaller batches, one pair.
 """
@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smalti.generators.base import Condition
+from smalti.generators.base import Condition, Generator
 from smalti.generators.gpt import GPT
+from smalti.generators.maskgit import MaskGIT
 from smalti.tokenizers.spec import Tokens
 from smalti.training.generator_module import GeneratorModule
 from smalti.training.loop import build_trainer, fit
@@ -49,6 +50,11 @@ def gpt(tokens: int) -> GPT:
     model = GPT(tokens=spec, width=WIDTH, depth=DEPTH, heads=HEADS, num_classes=CLASSES, condition_rope="zero")
     nn.init.normal_(model.head.weight, std=0.02)
     return model
+
+
+def maskgit() -> MaskGIT:
+    spec = {"kind": "discrete", "length": 64, "dim": 12, "image_size": 256, "codebook_size": 4096}
+    return MaskGIT(tokens=spec, num_classes=CLASSES, body="bert", width=WIDTH, depth=24, heads=16, mlp_width=4 * WIDTH)
 
 
 def llama(tokens: int) -> LlamaForCausalLM:
@@ -118,9 +124,14 @@ class Turns(pl.Callback):
                 self.times[name].append(seconds)
 
 
-def training(batch: int, tokens: int, pairs: int) -> dict[str, float]:
-    model, bare, other = gpt(tokens), gpt(tokens), llama(tokens)
-    indices, labels = torch.randint(CODES, (batch, tokens)), torch.randint(CLASSES, (batch,))
+def training(
+    build: Callable[[], Generator], batch: int, pairs: int, other: LlamaForCausalLM | None
+) -> dict[str, float]:
+    """Median seconds of a step, of the bare model, and of the other one where it is given."""
+    model, bare = build(), build()
+    codes, tokens = bare.spec.codebook_size, bare.spec.length
+    assert codes is not None
+    indices, labels = torch.randint(codes, (batch, tokens)), torch.randint(CLASSES, (batch,))
     drawn = bare.draw(batch, torch.Generator().manual_seed(0), step=0)
 
     def step(parameters: Sequence[Tensor], loss: Callable[[], Tensor]) -> None:
@@ -128,21 +139,18 @@ def training(batch: int, tokens: int, pairs: int) -> dict[str, float]:
             parameter.grad = None
         loss().backward()
 
-    sequence = torch.cat([CODES + labels[:, None], indices], dim=1)
-
-    def their_loss() -> Tensor:
-        logits = other(sequence[:, :-1]).logits
-        return F.cross_entropy(logits.flatten(0, 1), indices.flatten())
-
     def our_loss() -> Tensor:
         return bare(Tokens.full(None, indices), Condition(labels), drawn).loss
 
-    turns = Turns(
-        {
-            "bare": lambda: step(list(bare.parameters()), our_loss),
-            "transformers": lambda: step(list(other.parameters()), their_loss),
-        }
-    )
+    calls: dict[str, Callable[[], object]] = {"bare": lambda: step(list(bare.parameters()), our_loss)}
+    if other is not None:
+        sequence = torch.cat([codes + labels[:, None], indices], dim=1)
+
+        def their_loss() -> Tensor:
+            return F.cross_entropy(other(sequence[:, :-1]).logits.flatten(0, 1), indices.flatten())
+
+        calls["transformers"] = lambda: step(list(other.parameters()), their_loss)
+    turns = Turns(calls)
     module = GeneratorModule(model, OptimConfig(schedule="constant", no_decay=()), max_steps=pairs + 1)
     batches = [{"indices": indices, "label": labels}] * (pairs + 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,10 +176,14 @@ def main() -> None:
         print(f"sampling 4 with guidance: {ours:.2f} s, transformers {theirs:.2f} s, products alone {products:.2f} s")
         print(f"ratios: {ours / theirs:.3f} (at most 1.00), {ours / products:.3f} (at most 1.25)")
     if options.only != "sample":
-        taken = training(batch, tokens, pairs)
+        taken = training(lambda: gpt(tokens), batch, pairs, llama(tokens))
         ours, bare, theirs = taken["step"], taken["bare"], taken["transformers"]
-        print(f"training step, batch {batch}: {ours:.2f} s, bare {bare:.2f} s, bare of transformers {theirs:.2f} s")
-        print(f"ratios: step / bare {ours / bare:.3f} (at most 1.10), bare / transformers {bare / theirs:.3f}")
+        print(f"training step of GPT-B, batch {batch}: {ours:.2f} s, bare {bare:.2f} s, bare of Llama {theirs:.2f} s")
+        print(f"ratios: step / bare {ours / bare:.3f} (at most 1.10), bare / Llama {bare / theirs:.3f}")
+        taken = training(maskgit, batch, pairs, None)
+        ours, bare = taken["step"], taken["bare"]
+        print(f"training step of MaskGIT, batch {batch}: {ours:.2f} s, bare {bare:.2f} s")
+        print(f"ratio: {ours / bare:.3f} (at most 1.10)")
 
 
 if __name__ == "__main__":

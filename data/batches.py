@@ -14,6 +14,7 @@ from smalti.data import augment
 from smalti.data.decode import decode_image
 from smalti.data.order import Batch
 from smalti.data.source import Sample, Source
+from smalti.data.text import Texts
 from smalti.errors import UserError
 
 Crop = Literal["random", "center", "adm", "adm_random"]
@@ -43,10 +44,11 @@ class Samples(Dataset[dict[str, Any]]):
     """Batches of a split; `samples[n]` is sample n alone, as a batch of one.
 
     A batch: what `empty` and `fill` make of the samples, under `name`; label (b,) int64 (-1: none), key list of b
-    strings, and caption likewise when the source has any.
+    strings, and caption likewise when the source has any. texts: whose entries a batch also has, None: none.
     """
 
     name: str
+    texts: Texts | None = None
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -71,11 +73,12 @@ class Samples(Dataset[dict[str, Any]]):
         samples = self.split.samples[batch.samples].tolist()
         values = self.empty(len(samples))
         rows = values.numpy()
-        labels, keys, captions = [], [], []
+        labels, keys, captions, texts = [], [], [], []
         for row, number in zip(rows, samples, strict=True):
             try:
                 sample = source.read(number)
                 self.fill(row, sample, batch.epoch, number)
+                texts.append(None if self.texts is None else self.texts.read(sample, batch.epoch, number))
             except ValueError as error:
                 raise BadSample(f"{source.place(number)} cannot be decoded: {error}; repair or remove it") from error
             except UserError as error:
@@ -84,7 +87,8 @@ class Samples(Dataset[dict[str, Any]]):
             keys.append(source.key(number))
             captions.append(sample.caption or "")
         result: dict[str, Any] = {self.name: values, "label": torch.tensor(labels, dtype=torch.int64), "key": keys}
-        return result | ({"caption": captions} if source.has_captions else {})
+        result |= {"caption": captions} if source.has_captions else {}
+        return result if self.texts is None else result | self.texts.batch(texts)
 
 
 class Images(Samples):

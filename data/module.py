@@ -27,10 +27,12 @@ from smalti.data.folder import FolderSource, class_folders
 from smalti.data.order import Batch, BatchSampler, Order, Remainder, split_evenly
 from smalti.data.shards import ShardSource, find_shards
 from smalti.data.source import Source, cache_folder
+from smalti.data.text import FEATURES, LONG, SHORT, Captions, Features, captions_of, choose
 from smalti.data.tokens import TokenSource, TokenViews, check_alike, token_index
 from smalti.errors import UserError, did_you_mean
 
 _VALIDATION, _TEST = ("val", "validation"), ("test",)
+TRIED = 32  # samples, before a run by text starts
 
 
 class DataModule:
@@ -46,6 +48,7 @@ class DataModule:
         always resizes to image_size and cuts the middle, as published evaluations do (with crop=adm or adm_random:
         ADM's crop).
     batch_size: images a step, of all processes and accumulated batches together.
+    short_captions: how often `read_text` takes a sample's short caption, where it has one.
     remainder: of an epoch: "drop" what fills no batch, or "pad" the last batch with samples of the same epoch.
     size: training images of the embedded shapes; a twentieth as many more are drawn for validation.
     cache: folder for the shapes and for offset tables; null: $SMALTI_CACHE, else ~/.cache/smalti.
@@ -63,6 +66,7 @@ class DataModule:
         resize: int | None = None,
         crop: Crop = "random",
         flip: bool = True,
+        short_captions: float = 0.3,
         batch_size: int = 32,
         remainder: Remainder = "drop",
         workers: int = 1,
@@ -84,6 +88,8 @@ class DataModule:
         _one_of("remainder", remainder, ("drop", "pad"))
         if not 0 < val_fraction < 1:
             raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
+        if not 0 <= short_captions <= 1:
+            raise UserError(f"data.short_captions={short_captions} must lie between 0 and 1")
         if resize is not None and resize < image_size:
             raise UserError(f"data.resize={resize} is smaller than data.image_size={image_size}; use null or more")
         if resize is not None and resize != image_size and crop in ADM_CROPS:
@@ -92,6 +98,8 @@ class DataModule:
         self.image_size, self.resize, self.crop, self.flip = image_size, resize or image_size, crop, flip
         self.batch_size, self.remainder, self.workers = batch_size, remainder, workers
         self.size, self.cache, self.seed = size, cache_folder(cache), seed
+        self.short_captions = short_captions
+        self._text_shape: tuple[int, int] | None = None  # (length, dim), once `read_text` asks for texts
 
     @property
     def train(self) -> Split:
@@ -132,12 +140,45 @@ class DataModule:
         for split in {id(split): split for split in self._splits}.values():
             self._samples(split, training=False)[0]
 
+    def read_text(self, length: int, dim: int) -> None:
+        """From now on batches also have what generators by text learn from: `caption` and `weight` of images, or
+        `features` (b, length, dim), `mask` and `weight` of token shards.
+
+        Raises UserError where there are no texts, or where none of the first ones can be learnt from.
+        """
+        self._text_shape = (length, dim)
+        for name, split in (("training", self.train), ("validation", self.validation)):
+            tokens = isinstance(split.source, TokenSource)
+            kinds = tuple(FEATURES.values()) if tokens else (LONG, SHORT)
+            where = f"the {name} images of {self.path or 'the embedded shapes'} have"
+            if not isinstance(split.source, ShardSource) or not split.source.table.having(kinds)[split.samples].any():
+                what = "text features; encode them with text_encoder=NAME" if tokens else "captions; give shards with"
+                raise UserError(f"data.path: {where} no {what}{'' if tokens else ' KEY.txt (see docs/data.md)'}")
+            samples = self._with_texts(self._samples(split, training=False), training=False)
+            first = Batch(0, np.arange(min(TRIED, len(split))))
+            if not samples.__getitems__(first)["weight"].any():
+                small = "" if tokens else f", or are smaller than data.image_size={self.image_size}"
+                raise UserError(
+                    f"data.path: {where} nothing to learn from among the first {len(first.samples)}: they have no texts"
+                    f"{small}, and count for nothing"
+                )
+
     def need_images(self) -> None:
         """Raise UserError where the data are tokens."""
         if self.tokens is not None:
             raise UserError(
                 f"data.path={self.path} has token shards, but images are needed; give those they were made of"
             )
+
+    def test_captions(self) -> list[str]:
+        """The captions of the test images that have one, in the order of `test_loader`; the short one where there is no
+        other."""
+        source = self.test.source
+        if not isinstance(source, ShardSource) or not source.has_captions:
+            return []
+        numbers = self.test.samples[_mixture(self.test)].tolist()
+        chosen = (choose(*captions_of(source, number), draw=1.0, share=0.0) for number in numbers)
+        return [caption for caption in chosen if caption is not None]
 
     def describe(self) -> dict[str, Any]:
         """What the run learns from, as plain values for a model card; `fingerprint` is a hash of the training keys."""
@@ -176,7 +217,8 @@ class DataModule:
         order = self._order(accumulate, rank, world_size)
         if total is None:
             total = (start // order.batches_per_epoch + 1) * order.batches_per_epoch
-        return self._loader(self._samples(self.train, training=True), BatchSampler(order, total, start))
+        samples = self._with_texts(self._samples(self.train, training=True), training=True)
+        return self._loader(samples, BatchSampler(order, total, start))
 
     def validation_loader(
         self, *, images: int | None = None, accumulate: int = 1, rank: int = 0, world_size: int = 1
@@ -275,19 +317,33 @@ class DataModule:
     def _evaluation(
         self, split: Split, images: int | None, accumulate: int, rank: int, world_size: int
     ) -> DataLoader[dict[str, Any]]:
-        mixture = np.argsort(np.random.PCG64(0).random_raw(len(split)), kind="stable")[:images]
+        mixture = _mixture(split)[:images]
         if len(mixture) < world_size:
             raise UserError(
                 f"{len(mixture)} validation images are fewer than {world_size} processes; give more of them"
             )
         batch_size = self.micro_batch_size(accumulate=accumulate, world_size=world_size)
         batches = split_evenly(len(mixture), batch_size, rank, world_size)
-        return self._loader(
-            self._samples(split, training=False), [Batch(0, mixture[batch.samples]) for batch in batches]
-        )
+        samples = self._with_texts(self._samples(split, training=False), training=False)
+        return self._loader(samples, [Batch(0, mixture[batch.samples]) for batch in batches])
+
+    def _with_texts(self, samples: Samples, *, training: bool) -> Samples:
+        if self._text_shape is not None:
+            source, seed, short = samples.split.source, self.seed if training else None, self.short_captions
+            assert isinstance(source, ShardSource)  # as `read_text` has seen
+            if isinstance(source, TokenSource):
+                samples.texts = Features(source, *self._text_shape, short=short, seed=seed)
+            else:
+                samples.texts = Captions(source, self.image_size, short=short, seed=seed)
+        return samples
 
     def _loader(self, samples: Samples, batches: Any) -> DataLoader[dict[str, Any]]:
         return loader_of(samples, batches, self.workers)
+
+
+def _mixture(split: Split) -> np.ndarray:
+    """The fixed order in which samples are measured."""
+    return np.argsort(np.random.PCG64(0).random_raw(len(split)), kind="stable")
 
 
 def loader_of(samples: Samples, batches: Any, workers: int) -> DataLoader[dict[str, Any]]:

@@ -8,13 +8,16 @@ the rows of an array are:
     flip      the centre crop, and its mirror image
     ten_crop  corners (top left, top right, bottom left, bottom right) and centre of a larger centre crop, then the same
               of its mirror image; ten for each enlargement
+
+With features of their captions (data/text.py) index.json also has `text`: path, fingerprint and dim of the encoder that
+made them, and the most tokens (length) that it read of a caption.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +139,16 @@ def check_alike(source: Source, other: Source) -> None:
         _check_same(source.folder, source.index, other.folder, other.index)
 
 
+def text_key(index: Mapping[str, Any]) -> tuple[str, int] | None:
+    """What tells text features apart, of an index: the encoder's fingerprint, and how many tokens it read at most."""
+    return None if index.get("text") is None else (index["text"]["fingerprint"], index["text"]["length"])
+
+
 def _check_same(folder: Path, index: dict[str, Any], other: Path, its: dict[str, Any]) -> None:
     for what, one, two in (
         ("the tokenizer", index["tokenizer"]["fingerprint"], its["tokenizer"]["fingerprint"]),
         ("views", *([one.get(key) for key in ("views", "enlarge", "crop")] for one in (index, its))),
+        ("the text encoder", *(text_key(one) for one in (index, its))),
     ):
         if one != two:
             raise UserError(f"{other} differs from {folder} in {what}: {two} against {one}; encode both alike")

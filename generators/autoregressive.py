@@ -56,11 +56,6 @@ class AutoregressiveGenerator(Generator):
 
     sampling: AutoregressiveSampling
 
-    @property
-    @abstractmethod
-    def has_null(self) -> bool:
-        """Whether it knows what no condition is, which guidance needs."""
-
     @abstractmethod
     def predictor(
         self, condition: Condition, rows: int, *, guided: bool = False, sampling: AutoregressiveSampling | None = None
@@ -94,8 +89,8 @@ class AutoregressiveGenerator(Generator):
         b, n = uniform.shape
         scales = settings.scales(self.spec.length)[:n]
         guided = any(scale != 1 for scale in scales) and not condition.empty
-        if guided and not self.has_null:
-            raise ValueError(f"guidance={settings.guidance}: this generator does not know what no condition is; use 1")
+        if guided:
+            self.check_guidance(settings.guidance)
         return decode(
             self.predictor(condition, b, guided=guided, sampling=settings),
             uniform.to(device),

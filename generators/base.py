@@ -65,10 +65,14 @@ class Generator(Model):
 
     spec: of the tokens that it models; the constructor argument `tokens` (a TokenSpec as a dict), which `train.py`
     fills from the tokenizer. `metadata["tokenizer"]` says which one that was: its path and fingerprint.
-    num_classes: classes of the labels that it takes, None where it takes none.
+    num_classes: classes of the labels that it takes, None where it takes none. text_dim: channels of the text features
+    that it takes instead, text_length: how many of them at most, None: any number; `metadata["text_encoder"]` then says
+    which encoder made those that it learned from.
     """
 
     num_classes: int | None = None
+    text_dim: int | None = None
+    text_length: int | None = None
 
     def __init__(self, tokens: TokenSpec | Mapping[str, Any]) -> None:
         super().__init__()
@@ -114,6 +118,16 @@ class Generator(Model):
             if not -1 <= label < self.num_classes:
                 raise ValueError(f"label {label}: this generator knows 0 to {self.num_classes - 1}")
 
+    @property
+    def has_null(self) -> bool:
+        """Whether it knows what no condition is, which guidance needs."""
+        return True
+
+    def check_guidance(self, guidance: float) -> None:
+        """Raises ValueError for a scale other than 1 where there is no null condition."""
+        if guidance != 1 and not self.has_null:
+            raise ValueError(f"guidance={guidance}: this generator does not know what no condition is; use 1")
+
     def labels_of(self, condition: Condition, rows: int, device: torch.device) -> Tensor:
         """(rows,) int64 classes for generators that take nothing else, −1 for the null condition.
 
@@ -144,11 +158,17 @@ class Generator(Model):
 
     def card(self) -> tuple[str, str, list[str]]:
         what = f"Writes images of {self.spec.image_size} × {self.spec.image_size} pixels as {self.spec.words()}"
-        given = "" if self.num_classes is None else "labels=torch.arange(4)"
+        condition = f"smalti.Condition({'' if self.num_classes is None else 'labels=torch.arange(4)'})"
+        imported: list[str] = []
+        if self.text_dim is not None:
+            encoder = (self.metadata.get("text_encoder") or {}).get("path") or "ITS_TEXT_ENCODER"
+            imported = ["from smalti.text import TextEncoder"]
+            condition = f'TextEncoder("{encoder}").encode(["a red circle"] * 4)'
         lines = [
             "import smalti, torch",
+            *imported,
             'generator, tokenizer = smalti.load("THIS_FOLDER"), smalti.load("ITS_TOKENIZER")',
-            f"tokens = generator.generate(smalti.Condition({given}), seeds=torch.arange(4))",
+            f"tokens = generator.generate({condition}, seeds=torch.arange(4))",
             "images = tokenizer.decode(tokens)  # (b, 3, h, w) in [0, 1]",
         ]
         return "image-generator", f"{what}.", lines

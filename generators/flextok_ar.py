@@ -145,6 +145,11 @@ class FlexTokAR(AutoregressiveGenerator):
     def has_null(self) -> bool:
         return self.label_dropout > 0 if self.text_dim is None else len(self.null_text) > 0
 
+    def check_guidance(self, guidance: float) -> None:
+        if guidance != 1 and self.text_dim is not None and not self.has_null:
+            raise ValueError(f"guidance={guidance}: nothing stands for no text yet; give set_null_text its features")
+        super().check_guidance(guidance)
+
     def draw(self, batch_size: int, generator: torch.Generator, *, step: int) -> Draws:
         """ "drop" (b,) uniform numbers: the condition is hidden where they are below `label_dropout`."""
         return {"drop": torch.rand(batch_size, generator=generator)}

@@ -84,7 +84,8 @@ class GPT(AutoregressiveGenerator):
         check_shares(label_dropout=label_dropout, drop_path=drop_path)
         codes = self.spec.codebook_size
         assert codes is not None
-        self.num_classes, self.label_dropout = num_classes, label_dropout
+        self.num_classes, self.text_dim, self.label_dropout = num_classes, text_dim, label_dropout
+        self.text_length = None if text_dim is None else text_length
         self.sampling = read_settings(GPTSampling, "sampling", sampling or {})
         self.condition: ClassCondition | TextCondition
         if text_dim is None:

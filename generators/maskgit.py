@@ -192,12 +192,16 @@ class MaskGIT(Generator):
         self.check_condition(condition)
         length = self.check_length(length)
         settings = read_settings(MaskGITSampling, "sampling", {**asdict(self.sampling), **(sampling or {})})
-        if settings.guidance != 1 and not condition.empty and not self.label_dropout:
-            raise ValueError(f"guidance={settings.guidance}: this generator does not know what no condition is; use 1")
+        if not condition.empty:
+            self.check_guidance(settings.guidance)
         start = torch.full((len(seeds), self.spec.length), self.v, device=self.head.weight.device)
         draws = SampleDraws(seeds, settings.steps, self.spec.length, start.device)
         decode = self.decoder(self.labels_of(condition, len(seeds), start.device), settings, draws)
         return Tokens.full(None, decode(start, settings.steps)).prefix(length)
+
+    @property
+    def has_null(self) -> bool:
+        return self.label_dropout > 0
 
     def decoder(self, labels: Tensor, settings: MaskGITSampling, draws: SampleDraws) -> MaskedDecoder:
         """The parts of masked decoding, with their condition (b,) and random numbers."""

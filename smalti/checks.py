@@ -27,8 +27,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 POSITIVE = {  # whole numbers ≥ 1 (each, in a list)
     "image_size", "resize", "num_latent_tokens", "proxy_codebook_size", "codebook_size", "dim", "width", "depth",
     "heads", "patch_size", "channels", "channel_mult", "num_res_blocks", "hidden_channels", "num_stages", "num_layers",
-    "length", "z_channels", "norm_groups", "size", "max_steps", "batch_size", "every", "images", "pictures",
-    "baseline_images", "length_images", "num", "samples", "classifier_steps", "accumulate", "num_nodes", "nan_limit",
+    "length", "z_channels", "norm_groups", "size", "text_length", "text_dim", "max_steps", "batch_size", "every",
+    "images", "pictures", "baseline_images", "length_images", "num", "samples", "classifier_steps", "accumulate",
+    "num_nodes", "nan_limit",
 }  # fmt: skip
 NOT_NEGATIVE = {  # numbers ≥ 0
     "num_classes", "bounds", "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed",
@@ -66,6 +67,7 @@ def check_train(config: DictConfig) -> None:
     check_data(values.get("data"))
     for key in ("init_path", "teacher_path", "tokenizer_path", "vae_path"):
         check_export(key, values.get(key))
+    check_text_encoder(values["text_encoder"])
     for key in ("output", "run"):
         check_folder(key, values.get(key))
 
@@ -79,6 +81,7 @@ def check_evaluate(config: DictConfig) -> None:
         raise UserError("model_path is required: the export of a tokenizer or generator; or give samples_path=FILE.npz")
     for key in ("model_path", "tokenizer_path", "teacher_path"):
         check_export(key, values[key])
+    check_text_encoder(values["text_encoder"])
     if samples is not None:
         check_file("samples_path", samples)
     if reference not in ("train", "test"):
@@ -101,7 +104,9 @@ def check_generate(config: DictConfig) -> None:
     _check_values(values)
     for key in ("model_path", "tokenizer_path", "teacher_path"):
         check_export(key, values[key])
+    check_text_encoder(values["text_encoder"])
     _check_labels(values["labels"])
+    _check_prompts(values["prompts"], values["prompts_file"], values["labels"])
     output = Path(values["output"])
     if output.suffix not in ("", ".png", ".npz"):
         raise UserError(f"output={output} must end in .png or .npz, or be a folder; use {output.with_suffix('.png')}")
@@ -124,6 +129,40 @@ def _check_labels(labels: Any) -> None:
         raise UserError(f"labels={_show(labels)} must be class numbers, such as [0,1]")
 
 
+def _check_prompts(prompts: Any, file: str | None, labels: Any) -> None:
+    """Texts, one at least, or a file of them; no classes beside them."""
+    if prompts == []:
+        raise UserError("prompts=[] has no text; give some, such as 'prompts=[\"a red circle\"]'")
+    given = prompts if isinstance(prompts, list) else []
+    if any(not isinstance(prompt, str) for prompt in given):
+        raise UserError(f"prompts={_show(prompts)} must be texts; put them in quotes: 'prompts=[\"7 circles\"]'")
+    named = {
+        name: value
+        for name, value in (("prompts", prompts), ("prompts_file", file), ("labels", labels))
+        if value is not None
+    }
+    if len(named) > 1:
+        (one, first), (two, second), *_ = named.items()
+        raise UserError(f"{one}={_show(first)} and {two}={_show(second)} exclude each other; give one of them")
+    if file is not None:
+        check_file("prompts_file", file)
+
+
+def check_text_encoder(value: Any) -> None:
+    """A folder of transformers, which has config.json, or what may be the id of a repository."""
+    if value is None:
+        return
+    path = Path(value)
+    if path.is_file():
+        raise UserError(f"text_encoder={value} is a file; give the folder, or the id of a repository of Hugging Face")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"text_encoder={value} is no model of transformers (no config.json); give the folder of one")
+    if not path.is_dir() and (
+        not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(value)) or (path.parent != Path() and path.parent.exists())
+    ):
+        raise UserError(f"text_encoder={value} does not exist{_nearest(str(value))}")
+
+
 def check_encode(config: DictConfig, *, data_set: bool = False) -> None:
     """Either images to encode or files to decode, which exist; and one way at most to say how many tokens.
 
@@ -136,6 +175,11 @@ def check_encode(config: DictConfig, *, data_set: bool = False) -> None:
     if data_set:
         _check_tokenising(values)
         return
+    if values["text_encoder"] is not None:
+        raise UserError(
+            f"text_encoder={values['text_encoder']} is for the captions of a data set; give data.path=DIR, or leave it "
+            "out"
+        )
     image, decode, length = values["image"], values["decode"], values["length"]
     targets = {f"quality.{name}": value for name, value in values["quality"].items() if value is not None}
     shown = " and ".join(f"{key}={_show(value)}" for key, value in targets.items())
@@ -181,6 +225,9 @@ def _check_tokenising(values: Mapping[str, Any]) -> None:
         raise UserError(f"enlarge={_show(values['enlarge'])} is for views=ten_crop, not views={values['views']}")
     if not values["enlarge"] or min(values["enlarge"]) < 1:
         raise UserError(f"enlarge={_show(values['enlarge'])} must be numbers of at least 1, such as [1.1]")
+    check_text_encoder(values["text_encoder"])
+    if values["text_encoder"] is None and values["text_length"] != 120:
+        raise UserError(f"text_length={values['text_length']} is of text_encoder, which is not given; leave it out")
     output = values["output"]
     if Path(output).suffix == ".tar":
         raise UserError(f"output={output} must be a folder, in which the shards are written")
@@ -327,6 +374,11 @@ def _check_tokenizer_run(values: Mapping[str, Any]) -> None:
             f"tokenizer_path={values['tokenizer_path']} is for generators, but this run trains a tokenizer; use "
             "init_path to start from its weights, or a generator's experiment"
         )
+    if values["text_encoder"] is not None:
+        raise UserError(
+            f"text_encoder={values['text_encoder']} is for generators by text, but this run trains a tokenizer; leave "
+            "it out"
+        )
 
 
 def _check_generator_run(values: Mapping[str, Any]) -> None:
@@ -337,6 +389,14 @@ def _check_generator_run(values: Mapping[str, Any]) -> None:
                 f"{part} is given, but this run trains a generator; leave {part}=… out and name a trained tokenizer by "
                 "tokenizer_path=DIR, or pick a tokenizer's experiment"
             )
+    asked, encoder = values["generator"].get("text_dim"), values["text_encoder"]
+    if isinstance(asked, str) and asked != "auto":
+        raise UserError(f"generator.text_dim={asked} must be a number of channels, auto (as there are), or null (none)")
+    if encoder is not None and asked is None:
+        way_out = "set generator.text_dim=auto" if "text_dim" in values["generator"] else "take one, such as gpt"
+        raise UserError(
+            f"text_encoder={encoder} is for generators by text, but this one takes none; leave it out, or {way_out}"
+        )
     for key, section in _sections(values["generator"], "generator"):
         width, heads = section.get("width"), section.get("heads")
         if width and heads and width % heads:

@@ -33,7 +33,7 @@ FREE = ("sampling", "decoding")  # sections whose keys the loaded model knows, a
 PATHS = (
     "output", "run", "init_path", "teacher_path", "tokenizer_path", "vae_path", "model_path", "checkpoint", "config",
     "image", "decode", "picture", "samples_path", "data.path", "data.val_path", "data.cache", "lpips_weights",
-    "inception_weights",
+    "inception_weights", "text_encoder", "prompts_file",
 )  # fmt: skip
 
 # What a key holds whose value in the configs is null (null says nothing about the type of what replaces it). These may
@@ -52,7 +52,9 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "data.image_size": (int,),
     "trainer.devices": (int, str),
     "generator.num_classes": (int,),
+    "generator.text_dim": (int, str),
     "labels": (int, list),
+    "prompts": (str, list),
     "size": (int,),
     "ema": (dict,),
     "source": (str,),

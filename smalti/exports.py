@@ -36,6 +36,7 @@ METADATA = {  # what an export says of itself beside that; further keys (plain J
     "preprocessing": "what was done to an image before it reached the model",
     "results": "measured figures, {name: value or sentence}",
     "tokenizer": "of a generator: path (null: unknown) and fingerprint of the tokenizer whose tokens it writes",
+    "text_encoder": "of a generator by text: path, fingerprint (null: unknown), dim and length of its text encoder",
     "picture": "path of a PNG to show on the card; it is copied into the folder",
 }
 _OURS = {"model", "spec", "smalti_version", "fingerprint"}

@@ -1,6 +1,7 @@
 """Pictures from an exported generator; the program behind `generate.py`.
 
     python generate.py model_path=DIR labels=[0,1,2] num=16                     a picture of all, samples.png
+    python generate.py model_path=DIR 'prompts=["a red circle"]'                     of a text
     python generate.py model_path=DIR output=FOLDER num=1000                    a PNG each
     torchrun --nproc-per-node 8 generate.py model_path=DIR output=adm.npz num=50000
 
@@ -11,12 +12,13 @@ where it stopped, and no process holds more than a part.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,19 +39,22 @@ from smalti.evaluation.run import load_tokenizer
 from smalti.evaluation.sampling import describe_sampling, override_sampling
 from smalti.generators.base import Condition, Generator
 from smalti.headway import Headway
+from smalti.text import LENGTH, TextEncoder
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.spec import Tokens
 from smalti.training.draws import generator as draws_of
 from smalti.training.draws import seed_of
 
 PART = 512  # pictures
+LISTED = 1024  # prompts
 
 
 @dataclass(frozen=True)
 class Sampler:
     """A generator with its tokenizer: numbers of pictures to pictures.
 
-    labels: class numbers, of picture i the (i modulo their number)-th; None for a generator without classes.
+    labels: class numbers, of picture i the (i modulo their number)-th; None for a generator without classes. prompts:
+    texts likewise, for a generator by text, and the encoder that makes features of them.
     length: tokens of a picture, None: all. size: side in pixels, None: the tokenizer's.
     """
 
@@ -62,6 +67,8 @@ class Sampler:
     seed: int = 0
     batch_size: int = 16
     half: bool = False
+    prompts: Sequence[str] | None = None
+    text_encoder: TextEncoder | None = None
 
     def label(self, number: int) -> int:
         """The class of picture `number`, -1: none."""
@@ -75,14 +82,20 @@ class Sampler:
 
     @torch.inference_mode()
     def tokens(self, numbers: Sequence[int]) -> Tokens:
-        labels = None if self.labels is None else torch.tensor([self.label(n) for n in numbers])
         seeds = torch.tensor([seed_of("generate", self.seed, n) for n in numbers])
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext()
         try:
             with autocast:
-                return self.generator.generate(Condition(labels).to(self.device), seeds=seeds, length=self.length)
+                return self.generator.generate(self.condition(numbers), seeds=seeds, length=self.length)
         except ValueError as error:  # labels, guidance or a length that this generator does not take
             raise UserError(str(error)) from error
+
+    def condition(self, numbers: Sequence[int]) -> Condition:
+        """What the pictures of these numbers are to show."""
+        if self.prompts is not None and self.text_encoder is not None:
+            return self.text_encoder.encode([self.prompts[number % len(self.prompts)] for number in numbers])
+        labels = None if self.labels is None else torch.tensor([self.label(number) for number in numbers])
+        return Condition(labels).to(self.device)
 
     def decode(self, tokens: Tokens, numbers: Sequence[int]) -> Tensor:
         return decode_numbered(self.tokenizer, tokens, numbers, self.seed)
@@ -95,6 +108,8 @@ class Sampler:
             "sampling": describe_sampling(self.generator),
             "decoding": describe_sampling(self.tokenizer),
             "labels": None if self.labels is None else list(self.labels),
+            "prompts": None if self.prompts is None else _listed(self.prompts),
+            "text_encoder": None if self.text_encoder is None else self.text_encoder.fingerprint,
             "length": self.length,
             "size": self.size or self.tokenizer.spec.image_size,
             "precision": "bf16-mixed" if self.half else "32-true",
@@ -120,6 +135,8 @@ def generate(config: DictConfig | Mapping[str, Any]) -> Path:
     output, num = Path(cfg["output"]), cfg["num"]
     with processes(cfg["device"]) as (rank, world_size, device):
         sampler = load_sampler(cfg, device)
+        if (prompts := prompts_of(sampler.generator, cfg)) is not None:
+            sampler = with_prompts(sampler, prompts, cfg)
         about = {**sampler.describe(), "num": num}
         _check_file(output, about)
         if output.suffix == ".png":
@@ -152,9 +169,12 @@ def generate(config: DictConfig | Mapping[str, Any]) -> Path:
 def load_sampler(cfg: Mapping[str, Any], device: torch.device) -> Sampler:
     """A generator, its tokenizer and how they are to be used, from keys of configs/generate.yaml.
 
-    Raises UserError for a tokenizer that is missing or another one, and for settings that the two do not take.
+    A generator by text is given prompts by `with_prompts`. Raises UserError for a tokenizer that is missing or another
+    one, and for settings that the two do not take.
     """
     generator = Generator.from_pretrained(cfg["model_path"])
+    if cfg["text_encoder"] is not None and generator.text_dim is None:
+        raise UserError(f"text_encoder={cfg['text_encoder']}, but {_takes(generator, cfg)}; leave it out")
     tokenizer = tokenizer_of(generator, cfg["model_path"], cfg["tokenizer_path"], cfg["teacher_path"])
     override_sampling(generator, cfg["sampling"])
     override_sampling(tokenizer, cfg["decoding"], "decoding")
@@ -171,6 +191,8 @@ def load_sampler(cfg: Mapping[str, Any], device: torch.device) -> Sampler:
     )
     try:
         generator.check_length(sampler.length)
+        if sampler.labels is not None:
+            generator.check_guidance((describe_sampling(generator) or {}).get("guidance", 1))
     except ValueError as error:
         raise UserError(str(error)) from error
     return sampler
@@ -213,6 +235,8 @@ def labels_of(generator: Generator, given: int | Sequence[int] | None) -> list[i
         return None if count is None else list(range(count))
     labels = [given] if isinstance(given, int) else list(given)
     shown = f"labels=[{','.join(map(str, labels))}]"
+    if generator.text_dim is not None:
+        raise UserError(f"{shown}, but this generator takes texts; give prompts instead")
     if count is None:
         raise UserError(f"{shown}, but this generator was trained without classes; leave labels out")
     for label in labels:
@@ -221,9 +245,75 @@ def labels_of(generator: Generator, given: int | Sequence[int] | None) -> list[i
     return labels
 
 
-def columns_for(labels: Sequence[int] | None) -> int:
-    """Of a picture of samples: a few labels have columns of their own."""
-    distinct = len(labels or ())
+def prompts_of(generator: Generator, cfg: Mapping[str, Any]) -> list[str] | None:
+    """The texts that pictures of a generator by text show in turn, None for others.
+
+    Raises UserError where there are none, and where they have no meaning.
+    """
+    prompts, file = cfg["prompts"], cfg["prompts_file"]
+    if generator.text_dim is None:
+        for key, value in (("prompts", prompts), ("prompts_file", file)):
+            if value is not None:
+                raise UserError(f"{key}={value}, but {_takes(generator, cfg)}; leave it out")
+        return None
+    if file is not None:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"prompts_file={file} cannot be read as text ({error}); give one prompt a line") from error
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"prompts_file={file} is empty; give one prompt a line")
+    if prompts is None:
+        raise UserError(
+            f"prompts is required: model_path={cfg['model_path']} makes pictures of texts; give some, such as "
+            "'prompts=[\"a red circle\"]', or prompts_file=FILE"
+        )
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
+def with_prompts(sampler: Sampler, prompts: Sequence[str], cfg: Mapping[str, Any]) -> Sampler:
+    """The same for these texts, with the encoder that the generator learned from, or the one that is named instead.
+
+    Raises UserError where it is not known, or is another one.
+    """
+    generator, given = sampler.generator, cfg["text_encoder"]
+    origin = generator.metadata.get("text_encoder") or {}
+    name = given or origin.get("path")
+    if name is None:
+        raise UserError(
+            f"text_encoder is required: model_path={cfg['model_path']} does not say which one made the text features "
+            f"that it learned from; give one of {generator.text_dim} channels"
+        )
+    encoder = TextEncoder(name, length=origin.get("length") or generator.text_length or LENGTH)
+    if encoder.dim != generator.text_dim:
+        raise UserError(
+            f"text_encoder={name} has features of {encoder.dim} channels, but model_path={cfg['model_path']} takes "
+            f"{generator.text_dim}; give the encoder that it learned from"
+        )
+    if (its := origin.get("fingerprint")) is not None and encoder.fingerprint != its:
+        raise UserError(
+            f"text_encoder={name} is text encoder {encoder.fingerprint[:16]}, but model_path={cfg['model_path']} knows "
+            f"features of {its[:16]} ({origin.get('path')}); give that one"
+        )
+    return replace(sampler, prompts=prompts, text_encoder=encoder.to(sampler.device))
+
+
+def _takes(generator: Generator, cfg: Mapping[str, Any]) -> str:
+    what = "no condition" if generator.num_classes is None else "classes (labels=…)"
+    return f"model_path={cfg['model_path']} takes {what}"
+
+
+def _listed(prompts: Sequence[str]) -> list[str] | str:
+    """Prompts as a report has them: many as their number and a hash."""
+    if len(prompts) <= LISTED:
+        return list(prompts)
+    return f"{len(prompts):,}, sha256 {hashlib.sha256(chr(0).join(prompts).encode()).hexdigest()[:16]}"
+
+
+def columns_for(conditions: Sequence[int | str] | None) -> int:
+    """Of a picture of samples: a few labels, or prompts, have columns of their own."""
+    distinct = len(conditions or ())
     return next((c for c in range(8, 2, -1) if distinct and c % distinct == 0), 8)
 
 
@@ -235,7 +325,7 @@ def _picture(sampler: Sampler, num: int, output: Path) -> None:
         made.append(batch)
         headway.add(len(batch))
     images = torch.cat(made).permute(0, 3, 1, 2)
-    _writing(output, lambda: save_png(grid([images], columns=columns_for(sampler.labels)), output))
+    _writing(output, lambda: save_png(grid([images], columns=columns_for(sampler.labels or sampler.prompts)), output))
 
 
 class _Folder:

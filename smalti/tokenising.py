@@ -2,6 +2,7 @@
 
     python encode.py data.path=IMAGES model_path=TOKENIZER output=DIR
     torchrun --nproc-per-node 8 encode.py data.path=IMAGES model_path=TOKENIZER output=DIR views=ten_crop
+    python encode.py data.path=IMAGES model_path=TOKENIZER output=DIR text_encoder=google/flan-t5-xl
 
 Shards of images become shards of tokens one by one; the files of a folder are shuffled and cut into shards. Processes
 share the shards and need not wait for each other: the last one to finish writes index.json. What they write does not
@@ -32,14 +33,16 @@ from smalti.data.decode import decode_image
 from smalti.data.folder import FolderSource
 from smalti.data.module import DataModule, loader_of
 from smalti.data.order import Batch
-from smalti.data.shards import keys_for_shards, read_index, write_index, write_shard
+from smalti.data.shards import ShardSource, keys_for_shards, read_index, write_index, write_shard
 from smalti.data.source import Sample, Source, replacing
-from smalti.data.tokens import VIEWS, dtype_of, npy, token_index
+from smalti.data.text import FEATURES, LONG, SHORT, Texts, captions_of, is_large
+from smalti.data.tokens import VIEWS, dtype_of, npy, text_key, token_index
 from smalti.errors import UserError
 from smalti.evaluation.processes import processes
 from smalti.evaluation.run import data_for
 from smalti.exports import absolute
 from smalti.headway import Headway
+from smalti.text import TextEncoder
 from smalti.tokenizers.base import Tokenizer
 
 SAMPLES_PER_SHARD = 4000  # of a folder of images
@@ -95,6 +98,23 @@ class Crops(Samples):
             yield augment.flip(centre)
 
 
+class BothCaptions(Texts):
+    """captions: of each sample, by the member that holds it (LONG, SHORT); none of an image smaller than its crop, from
+    which no generator by text is to learn."""
+
+    def __init__(self, source: ShardSource, image_size: int) -> None:
+        self.source, self.image_size = source, image_size
+
+    def read(self, sample: Sample, epoch: int, number: int) -> dict[str, str]:
+        if not is_large(sample.image, self.image_size):
+            return {}
+        both = zip((LONG, SHORT), captions_of(self.source, number), strict=True)
+        return {kind: caption for kind, caption in both if caption is not None}
+
+    def batch(self, texts: Sequence[dict[str, str]]) -> dict[str, Any]:
+        return {"captions": list(texts)}
+
+
 @dataclass(frozen=True)
 class Unit:
     """One shard to be written: some samples of a source, in order, under keys of their own."""
@@ -138,6 +158,7 @@ def tokenise(config: DictConfig | Mapping[str, Any]) -> None:
         crop: Crop = "adm" if data.crop.startswith("adm") else "center"
         views = Views(cfg["views"], tuple(cfg["enlarge"]), crop)
         output = Path(cfg["output"])
+        text_encoder = open_text_encoder(cfg, data, device)
         about: dict[str, Any] = {
             "tokenizer": {
                 "fingerprint": tokenizer.fingerprint(),
@@ -145,17 +166,30 @@ def tokenise(config: DictConfig | Mapping[str, Any]) -> None:
                 "spec": tokenizer.spec.to_dict(),
             },
             **views.described(),
+            **({} if text_encoder is None else {"text": text_encoder.describe()}),
         }
         for folder in {folder for folder, _ in sources_of(data, output)}:
             _check_folder(folder, about)
         units = [unit for folder, source in sources_of(data, output) for unit in units_of(source, folder)]
-        writer = _Writer(tokenizer, data, views, about, cfg["batch_size"], device)
+        writer = _Writer(tokenizer, data, views, about, cfg["batch_size"], device, text_encoder)
         writer.run(units[rank::world_size], say=rank == 0)
         finish(units, about)
         if rank == 0:
             count = sum(len(unit.samples) for unit in units)
             whose = "" if world_size == 1 else f"; {world_size} processes share them"
-            print(f"tokens of {count:,} images, {views.count} views each: {output}{whose}", flush=True)
+            texts = "" if text_encoder is None else f", and features of their captions by {text_encoder.name}"
+            print(f"tokens of {count:,} images, {views.count} views each{texts}: {output}{whose}", flush=True)
+
+
+def open_text_encoder(cfg: Mapping[str, Any], data: DataModule, device: torch.device) -> TextEncoder | None:
+    """The text encoder that the config names. Raises UserError where there are no captions for it."""
+    if (name := cfg["text_encoder"]) is None:
+        return None
+    if not all(split.source.has_captions for split in (data.train, data.validation)):
+        raise UserError(
+            f"text_encoder={name}, but data.path={data.path} has no captions; give shards with KEY.txt, or leave it out"
+        )
+    return TextEncoder(name, length=cfg["text_length"]).to(device)
 
 
 def sources_of(data: DataModule, output: Path) -> list[tuple[Path, Source]]:
@@ -211,7 +245,9 @@ class _Writer:
         about: Mapping[str, Any],
         batch_size: int,
         device: torch.device,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
+        self.text_encoder = text_encoder
         self.tokenizer, self.data, self.views, self.about = tokenizer, data, views, about
         self.samples_a_batch = max(1, batch_size // views.count)
         self.batch_size, self.device = batch_size, device
@@ -230,13 +266,15 @@ class _Writer:
                 arrays: list[np.ndarray] = []
                 labels: list[int] = []
                 captions: list[str] = []
+                texts: list[dict[str, Any]] = []
                 while len(arrays) < len(unit.samples):
                     batch = next(batches)
                     arrays += self.encode(batch["views"])
                     labels += batch["label"].tolist()
                     captions += batch.get("caption", [])
+                    texts += self.encode_texts(batch["captions"]) if self.text_encoder else [{}] * len(batch["label"])
                     headway.add(len(batch["label"]))
-                self.write(unit, arrays, labels, captions)
+                self.write(unit, arrays, labels, captions, texts)
 
     def kept(self, unit: Unit) -> bool:
         """Whether the shard is finished, of the same samples and whole; then its entry is there for `finish`."""
@@ -264,11 +302,33 @@ class _Writer:
         indices = torch.cat(found).unflatten(0, (b, v))
         return list(indices.numpy().astype(self.dtype))
 
-    def write(self, unit: Unit, arrays: Sequence[np.ndarray], labels: Sequence[int], captions: Sequence[str]) -> None:
+    def encode_texts(self, captions: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+        """The members that a sample's captions add to it: features of both, and the short one itself."""
+        assert self.text_encoder is not None
+        members: list[dict[str, Any]] = [{kind: its[kind] for kind in (SHORT,) if kind in its} for its in captions]
+        for kind, name in FEATURES.items():
+            rows = [row for row, its in enumerate(captions) if kind in its]
+            if not rows:
+                continue
+            made = self.text_encoder.encode([captions[row][kind] for row in rows])
+            assert made.features is not None and made.mask is not None
+            for row, features, mask in zip(rows, made.features.cpu(), made.mask.cpu(), strict=True):
+                members[row][name] = npy(features[mask].numpy())
+        return members
+
+    def write(
+        self,
+        unit: Unit,
+        arrays: Sequence[np.ndarray],
+        labels: Sequence[int],
+        captions: Sequence[str],
+        texts: Sequence[Mapping[str, Any]],
+    ) -> None:
         def samples() -> Iterator[dict[str, Any]]:
             for place, (key, array, label) in enumerate(zip(unit.keys, arrays, labels, strict=True)):
                 sample: dict[str, Any] = {"__key__": key, "npy": npy(array)}
-                yield sample | ({"cls": label} if label >= 0 else {}) | ({"txt": captions[place]} if captions else {})
+                sample |= ({"cls": label} if label >= 0 else {}) | ({"txt": captions[place]} if captions else {})
+                yield {**sample, **texts[place]}
 
         try:
             unit.part.parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +352,11 @@ class _Writer:
             for unit in units
             for start in range(0, len(unit.samples), size)
         ]
-        return iter(loader_of(Crops(split, self.views, self.data.image_size), batches, self.data.workers))
+        crops = Crops(split, self.views, self.data.image_size)
+        if self.text_encoder is not None:
+            assert isinstance(split.source, ShardSource)  # which has captions, as `open_text_encoder` has seen
+            crops.texts = BothCaptions(split.source, self.data.image_size)
+        return iter(loader_of(crops, batches, self.data.workers))
 
 
 def _check_folder(folder: Path, about: Mapping[str, Any]) -> None:
@@ -304,6 +368,15 @@ def _check_folder(folder: Path, about: Mapping[str, Any]) -> None:
         raise UserError(f"output={folder} has other shards already; name a new folder")
     for its in found:
         same = its["tokenizer"]["fingerprint"] == about["tokenizer"]["fingerprint"]
-        if not same or any(its.get(key) != value for key, value in about.items() if key != "tokenizer"):
+        if same and text_key(its) != text_key(about):
+            raise UserError(
+                f"output={folder} has tokens already, with {_texts_of(its)}, not {_texts_of(about)}; name a new folder"
+            )
+        if not same or any(its.get(key) != value for key, value in about.items() if key not in ("tokenizer", "text")):
             of = f"views={its['views']}" if same else f"tokenizer {its['tokenizer']['fingerprint'][:16]}"
             raise UserError(f"output={folder} has other tokens already ({of}); name a new folder, or remove it first")
+
+
+def _texts_of(about: Mapping[str, Any]) -> str:
+    text = about.get("text")
+    return "no text features" if text is None else f"text features of {text['path']} (length {text['length']})"

@@ -17,9 +17,7 @@ from smalti.errors import UserError, run_command
 from smalti.instantiate import check_arguments
 
 # Overrides that a run hands on to the one that it needs first (a teacher, a tokenizer), which keeps its own length.
-HANDED_ON = (
-    "data", "trainer", "validation", "checkpoint", "logger", "seed", "output", "scale", "teacher_path", "vae_path",
-)  # fmt: skip
+HANDED_ON = ("data", "trainer", "logger", "seed", "output", "scale", "teacher_path", "vae_path")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -83,13 +81,20 @@ def needed_first(
     """Runs that must come first, by the key that takes their export: their overrides and where that export will lie.
 
     An experiment says so by `requires: {teacher_path: {experiment: maskgit_vqgan}}`. Only the tiny scale trains them by
-    itself: elsewhere that is hours, and the user's decision.
+    itself: elsewhere that is hours, and the user's decision. A text encoder, `requires: {text_encoder: NAME}`, nobody
+    trains here at any scale.
     """
     config = composed.config
     first: dict[str, tuple[list[str], str]] = {}
     for key, needed in (config.get("requires") or {}).items():
-        if config.get(key) is not None or (key == "tokenizer_path" and _holds_tokens(config.data.path)):
+        of_tokens = key in ("tokenizer_path", "text_encoder")
+        if config.get(key) is not None or (of_tokens and _holds_tokens(config.data.path)):
             continue
+        if key == "text_encoder":
+            raise UserError(
+                "text_encoder is required: a frozen one of transformers, which nobody trains here, such as "
+                f"text_encoder={needed}; or data.path=DIR of token shards with features (encode.py text_encoder=…)"
+            )
         scale, name = composed.choices.get("scale"), needed["experiment"]
         if scale != "tiny" or config.trainer.devices not in (1, "1", "auto") or runs.processes() > 1:
             raise UserError(

@@ -22,6 +22,7 @@ EXAMPLES = {
         "python train.py experiment=titok_s128 stage=2 init_path=RUN/export": "its second stage",
         "python train.py experiment=gpt": "a tiny GPT on the tokens of a tiny tokenizer, which is trained first",
         "python train.py experiment=gpt tokenizer_path=DIR": "on those of a tokenizer of your own",
+        "python train.py experiment=gpt_t2i text_encoder=google/flan-t5-small": "a tiny GPT by text, of captions",
         "python train.py -m experiment=titok optimizer.lr=1e-4,3e-4": "a sweep: a run for each value, then a table",
         "python train.py --cfg job": "print the composed config",
     },
@@ -45,6 +46,7 @@ EXAMPLES = {
     "generate": {
         "python generate.py model_path=runs/gpt/tiny/export": "one picture with samples of all classes",
         "python generate.py model_path=DIR labels=[3,7] num=8 sampling.guidance=2": "of two classes, more guided",
+        'python generate.py model_path=DIR \'prompts=["a red circle","two stars"]\'': "of texts",
         "python generate.py model_path=DIR length=4": "from 4 tokens each, where the tokenizer decodes prefixes",
         "python generate.py model_path=DIR num=1000 output=samples": "a folder with a PNG each",
         "python generate.py model_path=DIR num=50000 output=adm.npz": "for ADM's evaluation suite",

@@ -291,7 +291,7 @@ def test_an_exported_generator_writes_the_same_tokens(kind: type[Any], tmp_path:
 def test_flextoks_generator_exports_what_stands_for_no_text(tmp_path: Any) -> None:
     model = gpt(LINE, FlexTokAR, num_classes=None, text_dim=6, null_length=0)
     text = Condition(features=torch.randn(3, 4, 6))
-    with pytest.raises(ValueError, match=r"guidance=2.0: this generator does not know what no condition is"):
+    with pytest.raises(ValueError, match=r"guidance=2.0: nothing stands for no text yet; give set_null_text"):
         model.generate(text, seeds=SEEDS, sampling={"guidance": 2.0})
     model.set_null_text(torch.randn(2, 6))
     model.save_pretrained(tmp_path / "export")

@@ -208,6 +208,12 @@ GENERATORS = {
     "gpt_xl": gpt(1280, 36, 20, 256, 2e-4, 1.75, 384),
     "gpt_xxl": gpt(1536, 48, 24, 512, 2e-4, 1.75, 384),
     "gpt_3b": gpt(3200, 24, 32, 512, 2e-4, 1.65, 384),
+    "gpt_t2i": {  # sections 2.2, 4.2 and 5 of the same: batch and steps are ours
+        **gpt(1280, 36, 20, 256, 1e-4, 7.5, 256), "data.crop": "adm", "data.flip": False, "data.resize": None,
+        "data.short_captions": 0.3, "trainer.max_steps": 50_000_000 // 256, "generator.num_classes": None,
+        "generator.text_dim": 2048, "generator.text_length": 120, "generator.null_text": "fixed",
+        "generator.sampling.top_k": 1000,
+    },
     "flextok_ar": {  # flextok fact sheet, section 8; its training is not published
         "generator.width": 1792, "generator.depth": 28, "generator.heads": 28, "generator.label_dropout": 0.1,
         "generator.sampling.guidance": 1.5, "generator.sampling.temperature": 1.0, "generator.sampling.top_k": None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ SETTINGS = ["data.size=24", "data.batch_size=4", "data.workers=0", "validation.i
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("recipes")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_t5: Callable[..., Path]) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "t5").symlink_to(tiny_t5())
+    return folder
 
 
 def settings(place: Path, *more: str) -> list[str]:
@@ -32,12 +34,16 @@ def settings(place: Path, *more: str) -> list[str]:
 
 
 def trained(place: Path, experiment: str, steps: int) -> tuple[Path, Mapping[str, Any]]:
-    """A run of the experiment, of what it requires first: one step, or a second one on top."""
+    """A run of the experiment, of what it requires first: one step, or a second one on top. Text encoders, which none
+    trains, lie in `place`."""
     run = place / experiment
     more = [f"experiment={experiment}", f"run={run}", f"trainer.max_steps={steps}"]
     requires = compose("train", more[:1]).config.get("requires") or {}
-    exports = [f"{key}={trained(place, needed['experiment'], 1)[0]}/export" for key, needed in requires.items()]
-    return run, train_once(settings(place, *more, *exports))[1]
+    given = {
+        key: place / "t5" if key == "text_encoder" else trained(place, needed["experiment"], 1)[0] / "export"
+        for key, needed in requires.items()
+    }
+    return run, train_once(settings(place, *more, *(f"{key}={path}" for key, path in given.items())))[1]
 
 
 def test_a_run_killed_between_its_last_step_and_its_export_is_finished(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from smalti.generators.base import Generator
 
 # Keys of configs/evaluate.yaml that have no effect on another kind, with their defaults.
 OF_TOKENIZERS: dict[str, Any] = {"image": None, "lengths": None, "baselines": None, "lpips_weights": None}
-OF_GENERATORS: dict[str, Any] = {"labels": None, "size": None, "precision": "32-true"}
+OF_GENERATORS: dict[str, Any] = {"labels": None, "text_encoder": None, "size": None, "precision": "32-true"}
 OF_SAMPLES: dict[str, Any] = {
     **dict.fromkeys(("tokenizer_path", "samples", "samples_path", "length", "bounds")),
     **{"decoding": {}, "reference": "train", "classifier": "auto"},

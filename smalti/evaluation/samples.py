@@ -43,7 +43,7 @@ from smalti.evaluation.references import (
 )
 from smalti.evaluation.run import data_of_size, load_tokenizer, output_folder
 from smalti.evaluation.sampling import override_sampling
-from smalti.generation import Sampler, columns_for, load_sampler
+from smalti.generation import Sampler, columns_for, load_sampler, with_prompts
 from smalti.headway import Headway
 
 SAMPLES = 50_000  # ADM's number
@@ -175,8 +175,11 @@ def measure_samples(cfg: Mapping[str, Any], device: torch.device, rank: int, wor
     else:
         sampler = load_sampler(cfg, device)
         size, count = sampler.size or sampler.tokenizer.spec.image_size, cfg["samples"] or SAMPLES
-        drawn = drawn_by(sampler.pictures)
     data = data_of_size(size, cfg, "the evaluation")
+    if sampler is not None:
+        if sampler.generator.text_dim is not None:
+            sampler = with_prompts(sampler, captions_for(cfg, data), cfg)
+        drawn = drawn_by(sampler.pictures)
     run = Measurement(cfg, size, data, device, rank, world_size)
     reference = reference_of(cfg, data, size)
     output = output_folder(cfg, Path(str(data.path or "shapes")).name)
@@ -226,6 +229,16 @@ def measure_samples(cfg: Mapping[str, Any], device: torch.device, rank: int, wor
         print(tables.to_text(report))
         print("\n".join(f"{name:8} {path}" for name, path in report["files"].items()))
     return report
+
+
+def captions_for(cfg: Mapping[str, Any], data: DataModule) -> list[str]:
+    """What a generator by text is given: captions of the test images. Raises UserError where there are none."""
+    if not (captions := data.test_captions()):
+        raise UserError(
+            f"model_path={cfg['model_path']} makes pictures of texts, but the test images of {data.path or 'shapes'} "
+            "have no captions; give shards with KEY.txt"
+        )
+    return captions
 
 
 def train_alone(cfg: Mapping[str, Any], device: torch.device, rank: int, world_size: int) -> dict[str, Any]:
@@ -314,7 +327,7 @@ def _picture(drawn: Batches, sampler: Sampler | None, report: Mapping[str, Any],
     said = [f"{name} {tables.shown(name, value)}" for name, value in list(report["figures"].items())[:4]]
     return pictures.grid(
         [images],
-        columns=columns_for(sampler.labels if sampler else None),
+        columns=columns_for((sampler.labels or sampler.prompts) if sampler else None),
         title=f"{report['protocol']['model']['name']}, {report['protocol']['resolution']}",
         note=", ".join(said),
     )

@@ -72,6 +72,8 @@ def from_run(run: Path) -> Model:
     model.metadata = _metadata(run, config, int(saved["global_step"]))
     if "generator" in saved:
         model.metadata["tokenizer"] = saved["generator"]["tokenizer"]
+        if (text := saved["generator"].get("text_encoder")) is not None:
+            model.metadata["text_encoder"] = text
     return model.eval()
 
 

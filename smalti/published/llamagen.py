@@ -55,6 +55,7 @@ DEFAULTS: dict[str, Any] = {  # of the published ModelArgs
 }  # fmt: skip
 _ROOTS = ("model", "module", "state_dict")  # under which a file may hold its weights
 CODE_DIM = 8  # channels of a code in all published tokenizers
+TEXT_ENCODER = "google/flan-t5-xl"  # of all published models by text, run in bfloat16
 
 _NAMES = (  # published, ours; parts of names, in this order
     ("cls_embedding.embedding_table.", "condition.embedding."),
@@ -273,6 +274,10 @@ def _known(config: Mapping[str, Any], downsample: int, path: Path) -> tuple[dict
     """(sampling, metadata) of a checkpoint by its name; a name that the sizes contradict is not believed."""
     metadata: dict[str, Any] = {"source": f"FoundationVision/LlamaGen, converted from {path.name}", "licence": "MIT"}
     text = config["model_type"] == "t2i"
+    if text and config["caption_dim"] == DEFAULTS["caption_dim"]:  # the published features
+        metadata["text_encoder"] = {
+            "path": TEXT_ENCODER, "fingerprint": None, "dim": config["caption_dim"], "length": config["cls_token_num"]
+        }  # fmt: skip
     sampling: dict[str, Any] = {"guidance": 7.5, "top_k": 1000} if text else {"guidance": 4.0}  # of the demos
     found = re.search(r"(c2i|t2i)_(B|L|XL|XXL|3B)_(?:stage\d_)?(256|384|512)", path.name)
     if found is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from smalti.errors import UserError
 from smalti.generators.base import Condition, Generator
 from smalti.registry import describe
+from smalti.text import TextEncoder
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.spec import Tokens
@@ -23,8 +24,9 @@ class GeneratorModule(TrainingModule):
 
     tokenizer: frozen; encodes images in the loop, and validation decodes with it. A batch has `image` (b, 3, h, w),
     uint8 or float in [0, 1], or `indices` (b, n) or (b, n, q) or `latents` (b, n, d), which then must be this
-    tokenizer's; and any of `label` (b,) (-1: none), `features` (b, l, c) with `mask` (b, l), and `weight` (b,), how much each sample counts, for
-    generators whose forward takes it.
+    tokenizer's; and any of `label` (b,) (-1: none), `features` (b, l, c) with `mask` (b, l) or `caption`, b texts,
+    and `weight` (b,), how much each sample counts, for generators whose forward takes it. text_encoder: frozen; makes
+    features of captions in the loop.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class GeneratorModule(TrainingModule):
         optimizer: OptimConfig,
         *,
         tokenizer: Tokenizer | None = None,
+        text_encoder: TextEncoder | None = None,
         max_steps: int,
         ema: EMAConfig | None = None,
         accumulate: int = 1,
@@ -52,6 +55,7 @@ class GeneratorModule(TrainingModule):
         )
         self.generator = generator
         self.tokenizer = None if tokenizer is None else tokenizer.eval().requires_grad_(False)
+        self.text_encoder = text_encoder
 
     @property
     def trained(self) -> Generator:
@@ -68,7 +72,8 @@ class GeneratorModule(TrainingModule):
         return list(self.generator.buffers())
 
     def frozen_names(self) -> list[str]:
-        return [] if self.tokenizer is None else [f"tokenizer.{name}" for name in self.tokenizer.state_dict()]
+        frozen = {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder}
+        return [f"{part}.{name}" for part, module in frozen.items() if module for name in module.state_dict()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also how to build the generator: its tokens and classes come from the tokenizer and the data."""
@@ -76,22 +81,26 @@ class GeneratorModule(TrainingModule):
         checkpoint["generator"] = {
             "model": describe(self.generator),
             "tokenizer": self.generator.metadata.get("tokenizer"),
+            "text_encoder": self.generator.metadata.get("text_encoder"),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        before, now = checkpoint["generator"]["tokenizer"], self.generator.metadata.get("tokenizer")
-        if before and now and before["fingerprint"] != now["fingerprint"]:
-            raise UserError(
-                f"the run was begun with tokenizer {before['fingerprint'][:16]} ({before['path']}), but this one is "
-                f"{now['fingerprint'][:16]} ({now['path']}); give the former, or start a new run: resume=never"
-            )
+        for part in ("tokenizer", "text_encoder"):
+            before, now = checkpoint["generator"].get(part), self.generator.metadata.get(part)
+            if before and now and before["fingerprint"] != now["fingerprint"]:
+                raise UserError(
+                    f"the run was begun with {part.replace('_', ' ')} {before['fingerprint'][:16]} ({before['path']}), "
+                    f"but this one is {now['fingerprint'][:16]} ({now['path']}); give the former, or start a new run: "
+                    "resume=never"
+                )
 
     def train(self, mode: bool = True) -> GeneratorModule:
-        """The tokenizer stays in evaluation mode."""
+        """Tokenizer and text encoder stay in evaluation mode."""
         super().train(mode)
-        if self.tokenizer is not None:
-            self.tokenizer.eval()
+        for frozen in (self.tokenizer, self.text_encoder):
+            if frozen is not None:
+                frozen.eval()
         return self
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, StepOutput]:
@@ -99,6 +108,7 @@ class GeneratorModule(TrainingModule):
         tokens = self.tokens_of(batch)
         weight = {"weight": batch["weight"]} if "weight" in batch else {}
         output = self.generator(tokens, self.condition_of(batch), self.draws(len(tokens), step, micro), **weight)
+        counted = {name: value.float().mean() for name, value in weight.items()}
         norms: dict[str, Tensor] = {}
         rates: dict[str, float] = {}
         with torch.autocast(self.device.type, enabled=False):
@@ -111,7 +121,7 @@ class GeneratorModule(TrainingModule):
             last,
             loss=loss,
             terms=output.terms,
-            statistics=output.statistics,
+            statistics=output.statistics | counted,
             norms=norms,
             rates=rates,
             samples=len(tokens),
@@ -134,6 +144,9 @@ class GeneratorModule(TrainingModule):
         return Tokens.full(made.values.clone()) if made.indices is None else Tokens.full(None, made.indices.clone())
 
     def condition_of(self, batch: dict[str, Any]) -> Condition:
-        """What a batch's pictures are to show; generators without classes are given no labels."""
-        labels = None if self.generator.num_classes is None else batch.get("label")
-        return Condition(labels, batch.get("features"), batch.get("mask"))
+        """What a batch's pictures are to show: labels or text features, whichever the generator takes."""
+        if self.generator.text_dim is None:
+            return Condition(None if self.generator.num_classes is None else batch.get("label"))
+        if "features" not in batch and self.text_encoder is not None:
+            return self.text_encoder.encode(batch["caption"])
+        return Condition(features=batch.get("features"), mask=batch.get("mask"))

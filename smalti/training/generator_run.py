@@ -1,4 +1,4 @@
-"""A run that trains a generator: its tokens' tokenizer or shards, the classes of its data, what is measured of it."""
+"""A run that trains a generator: its tokens' tokenizer or shards, its data's classes or texts, what is measured."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from smalti.training.ema import EMAConfig
 from smalti.training.generator_module import GeneratorModule
 from smalti.training.optim import OptimConfig
 from smalti.training.prepared import Prepared
+from smalti.training.text_source import TextSource, open_texts
 
 SAMPLES = 16  # in a picture
 
@@ -44,9 +45,12 @@ class Source:
 def prepare(config: DictConfig, settings: dict[str, Any], share: dict[str, int]) -> Prepared:
     """The run that a config asks for; raises UserError for what cannot work."""
     source = open_source(config, share)
+    texts = open_texts(config, source.data)
     torch.manual_seed(seed_of("generator", config.seed))
-    generator = build(config, source.spec, source.data)
+    generator = build(config, source.spec, source.data, texts)
     generator.metadata["tokenizer"] = source.origin
+    if texts is not None:
+        generator.metadata["text_encoder"] = texts.origin
     if config.init_path is not None:
         initialise(generator, config.init_path)
     trainer = settings["trainer"]
@@ -54,6 +58,7 @@ def prepare(config: DictConfig, settings: dict[str, Any], share: dict[str, int])
         generator,
         OptimConfig(**settings["optimizer"]),
         tokenizer=source.tokenizer,
+        text_encoder=None if texts is None else texts.encoder,
         max_steps=trainer["max_steps"],
         ema=None if settings["ema"] is None else EMAConfig(**settings["ema"]),
         accumulate=share["accumulate"],
@@ -66,8 +71,11 @@ def prepare(config: DictConfig, settings: dict[str, Any], share: dict[str, int])
     def batches() -> Iterable[dict[str, Any]]:
         return source.data.validation_loader(images=images, rank=runs.rank(), **share)
 
+    def shown() -> Iterable[dict[str, Any]]:
+        return source.data.validation_loader(images=SAMPLES, accumulate=share["accumulate"])
+
     def measuring() -> list[pl.Callback]:
-        pictures = [] if source.tokenizer is None else [Samples(SAMPLES, Path(config.run) / "images", every)]
+        pictures = [] if source.tokenizer is None else [Samples(SAMPLES, Path(config.run) / "images", every, shown)]
         return [ValidationLoss(batches, every), *pictures]
 
     return Prepared(module, source.data, measuring, None if source.tokenizer is None else "samples")
@@ -115,8 +123,8 @@ def build_data(config: DictConfig, spec: TokenSpec | None) -> DataModule:
     return data
 
 
-def build(config: DictConfig, spec: TokenSpec, data: DataModule) -> Generator:
-    """The generator with fresh weights, for these tokens and the classes of the data.
+def build(config: DictConfig, spec: TokenSpec, data: DataModule, texts: TextSource | None) -> Generator:
+    """The generator with fresh weights, for these tokens, and these texts or the classes of the data.
 
     generator.num_classes: null takes the data's, 0 is none. Raises UserError for tokens that it cannot model, and for
     labels that it would not know.
@@ -124,7 +132,9 @@ def build(config: DictConfig, spec: TokenSpec, data: DataModule) -> Generator:
     settings = OmegaConf.to_container(config.generator, resolve=True)
     assert isinstance(settings, dict)
     given = settings.get("num_classes")
-    if "num_classes" in settings and given != 0:
+    if texts is not None:
+        settings |= {"text_dim": texts.dim, "num_classes": given or None}
+    elif "num_classes" in settings and given != 0:
         largest = data.largest_label()
         if given is not None and largest >= given:
             where = config.data.path or "the embedded shapes"
@@ -145,7 +155,8 @@ def check_before_its_tokenizer(config: DictConfig, needed: DictConfig) -> None:
     if any(needed.get(key) is None for key in needed.get("requires") or {}):
         return  # it cannot be built before another run has ended
     tokenizer = instantiate(needed.tokenizer, "tokenizer")
-    build(config, tokenizer.spec, build_data(config, tokenizer.spec))
+    data = build_data(config, tokenizer.spec)
+    build(config, tokenizer.spec, data, open_texts(config, data))
 
 
 def initialise(generator: Generator, path: str) -> None:

@@ -19,6 +19,7 @@ from smalti import generation
 from smalti.config import compose
 from smalti.errors import UserError
 from smalti.generation import load_sampler
+from smalti.generators.gpt import GPT
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.spec import Tokens
 
@@ -179,6 +180,26 @@ def test_labels_that_there_are_not_a_length_and_settings_are_refused_before_anyt
         with pytest.raises(UserError, match=said):
             generate(models, tmp_path / "out", word)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_guidance_without_a_null_condition_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    tokenizer = tiny_titok()
+    gpt = GPT(
+        tokens=tokenizer.spec.to_dict(),
+        width=8,
+        depth=1,
+        heads=2,
+        num_classes=3,
+        label_dropout=0.0,
+        sampling={"guidance": 2.0},
+    )
+    gpt.save_pretrained(tmp_path / "generator")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    its = f"tokenizer_path={tmp_path / 'tokenizer'}"
+    with pytest.raises(UserError, match=r"guidance=2\.0: this generator does not know what no condition is; use 1"):
+        generate(tmp_path, tmp_path / "out", its)
+    assert not (tmp_path / "out").exists()
+    generate(tmp_path, tmp_path / "out", its, "num=2", "sampling.guidance=1")
 
 
 def test_the_tokenizer_is_found_asked_for_and_held_to_its_fingerprint(tmp_path: Path) -> None:

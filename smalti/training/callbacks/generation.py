@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from smalti.training.generator_module import GeneratorModule
 class ValidationLoss(pl.Callback):
     """The averaged generator's loss, its terms and statistics, every `every` steps and at the last one.
 
-    Dropout is off; the draws of a batch are the same each time. batches: gives this process's part of the validation
-    images (or their tokens) anew on each call.
+    Dropout is off; the draws of a batch are the same each time; samples that weigh 0 do not count. batches: gives this
+    process's part of the validation images (or their tokens) anew on each call.
     """
 
     def __init__(self, batches: Callable[[], Iterable[dict[str, Any]]], every: int) -> None:
@@ -46,9 +47,11 @@ class ValidationLoss(pl.Callback):
                 tokens = module.tokens_of(batch)
                 made = module.averaged.draw(len(tokens), generator(*key), step=module.step)
                 draws = {name: value.to(module.device) for name, value in made.items()}
-                output = module.averaged(tokens, module.condition_of(batch), draws)
+                weight = {"weight": batch["weight"]} if "weight" in batch else {}
+                output = module.averaged(tokens, module.condition_of(batch), draws, **weight)
+            counted = int(batch["weight"].sum()) if weight else len(tokens)
             for name, value in {"loss": output.loss, **output.terms, **output.statistics}.items():
-                means.setdefault(name, Mean()).update(value.float().reshape(1).expand(len(tokens)))
+                means.setdefault(name, Mean()).update(value.float().reshape(1).expand(counted))
         for mean in means.values():
             mean.all_reduce()
         images = int(means["loss"].sums["count"])
@@ -56,13 +59,16 @@ class ValidationLoss(pl.Callback):
 
 
 class Samples(pl.Callback):
-    """`step-….png`: `count` samples of the averaged generator, from the same seeds and labels each time.
+    """`step-….png`: `count` samples of the averaged generator, from the same seeds and labels or texts each time.
 
-    The module's tokenizer decodes them. Labels run through all classes evenly.
+    The module's tokenizer decodes them. Labels run through all classes evenly; texts are those of `batches`, which
+    gives the first validation images anew on each call, and captions.txt beside the pictures has them, one a line.
     """
 
-    def __init__(self, count: int, folder: Path, every: int) -> None:
-        self.count, self.folder, self.every = count, folder, every
+    def __init__(
+        self, count: int, folder: Path, every: int, batches: Callable[[], Iterable[dict[str, Any]]] = tuple
+    ) -> None:
+        self.count, self.folder, self.every, self.batches = count, folder, every, batches
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -77,12 +83,29 @@ class Samples(pl.Callback):
         from smalti.evaluation.pictures import grid, save_png
 
         assert module.tokenizer is not None
-        condition = Condition(spread_labels(self.count, module.averaged.num_classes)).to(module.device)
-        with trainer.precision_plugin.forward_context():
-            tokens = module.averaged.generate(condition, seeds=torch.arange(self.count))
-        images = module.tokenizer.decode(tokens, seed=seed_of("evaluate", module.seed, 0))
-        picture = grid([images.float()], title=f"step {step:,}")
+        images: list[Tensor] = []
+        for number, (condition, rows) in enumerate(self.conditions(trainer, module)):
+            seeds = torch.arange(rows) + sum(map(len, images))
+            with trainer.precision_plugin.forward_context():
+                tokens = module.averaged.generate(condition, seeds=seeds)
+            images.append(module.tokenizer.decode(tokens, seed=seed_of("evaluate", module.seed, number)).float())
+        picture = grid([torch.cat(images)], title=f"step {step:,}")
         log_picture(trainer, "samples", save_png(picture, self.folder / f"step-{step:09d}.png"), step)
+
+    def conditions(self, trainer: pl.Trainer, module: GeneratorModule) -> Iterator[tuple[Condition, int]]:
+        """What the samples are to show, and how many of them."""
+        if module.averaged.text_dim is None:
+            labels = spread_labels(self.count, module.averaged.num_classes)
+            yield Condition(labels).to(module.device), self.count
+            return
+        batches = list(self.batches())
+        captions = chain.from_iterable(batch["caption"] for batch in batches if "caption" in batch)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(f"{' '.join(caption.split())}\n" for caption in captions)
+        (self.folder / "captions.txt").write_text(lines, encoding="utf-8")
+        for batch in batches:
+            batch = trainer.strategy.batch_to_device(batch, module.device)
+            yield module.condition_of(batch), len(batch["key"])
 
 
 def spread_labels(count: int, num_classes: int | None) -> Tensor | None:
