@@ -106,11 +106,10 @@ class Head(nn.Module, ABC):
 
 
 def warn_if_large(sample: Tensor) -> None:
-    """Warns where values are NaN or far beyond any latent's."""
-    largest = float(sample.abs().amax()) if sample.numel() else 0.0
-    if not largest <= LARGE:
+    """Warns, in the same words every time, where values are NaN or far beyond any latent's."""
+    if sample.numel() and not float(sample.abs().amax()) <= LARGE:
         warnings.warn(
-            f"sampled tokens reach {largest:.3g}, where latents have a standard deviation of about 1: the head has "
-            "not learned enough yet, or its weights overflowed; max_timestep=950 keeps errors from growing",
-            stacklevel=3,
+            f"sampled tokens are NaN or beyond ±{LARGE:g}, where latents have a standard deviation of about 1: the "
+            "head has not learned enough yet, or its weights overflowed; max_timestep=950 keeps errors from growing",
+            stacklevel=4,  # who called `sample`, which torch.no_grad wraps
         )

@@ -64,11 +64,11 @@ def _sections(counts: Sequence[int], total: int) -> set[int]:
 
 
 def _strided(count: int, total: int) -> set[int]:
-    for end in range(total, 0, -1):
-        for stride in range(1, end + 1):
-            if len(range(0, end, stride)) == count:
-                return set(range(0, end, stride))
-    raise AssertionError  # a stride of 1 fits end = count
+    for end in range(total, count, -1):
+        kept = range(0, end, -(-end // count))
+        if len(kept) == count:
+            return set(kept)
+    return set(range(count))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class DiffusionProcess:
 
     def _steps(self, *columns: Tensor) -> list[Step]:
         """columns: x_scale, eps_scale, log_std and log_std_range, (s,) each."""
-        steps = []
+        steps: list[Step] = []
         for t, *row in zip(self.timesteps, *(column.tolist() for column in columns), strict=True):
             x_scale, eps_scale, log_std, log_std_range = row
             steps.append(Step(t, x_scale, eps_scale, log_std, log_std_range, bool(steps) and math.isfinite(log_std)))

@@ -35,7 +35,7 @@ class FlowHead(Head):
         for field in fields(HeadSampling):
             value = getattr(sampling, field.name)
             if field.name not in ("steps", "annealing", "last_steps") and value != field.default:
-                raise ValueError(f"{field.name}={value}: a flow head's steps add no noise; leave it out with head=flow")
+                raise ValueError(f"{field.name}={value} is of head=diffusion; leave it out with head=flow")
         if not isinstance(sampling.steps, int):
             raise ValueError(f"steps={list(sampling.steps)}: a flow head has no sections; use one number")
 

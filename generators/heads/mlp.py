@@ -1,5 +1,5 @@
-"""The network of heads: an MLP over one token, modulated by its noise level and condition (Li et al. 2024,
-arXiv:2406.11838, §3.4 and appendix; modulation as in DiT, Peebles and Xie 2022, arXiv:2212.09748).
+"""The network of heads: an MLP over one token, modulated by its noise level and condition (MAR's denoising MLP, Li et
+al. 2024, arXiv:2406.11838; modulation as in DiT, Peebles and Xie 2022, arXiv:2212.09748).
 
 token (m, c) -> width -> residual blocks, each norm · (1 + scale) + shift, Linear, SiLU, Linear, gate -> (m, out)
 """
@@ -17,7 +17,9 @@ from smalti.layers.init import init_xavier_
 from smalti.layers.time import TimestepEmbedding
 
 EPS = 1e-6  # of every norm
-ROWS = 1024  # of modulations that are computed ahead; see `HeadMLP.steps`
+# Of modulations that are computed ahead: samplings of 25 steps at width 1024, depth 6 take 0.4 (2 rows), 0.6 (16) and
+# 0.8 (48) of the time of one step after another (one CPU thread).
+ROWS = 512
 
 Modulation = tuple[Tensor, ...]  # (m, width) each
 
