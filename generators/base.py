@@ -128,6 +128,9 @@ class Generator(Model):
         if guidance != 1 and not self.has_null:
             raise ValueError(f"guidance={guidance}: this generator does not know what no condition is; use 1")
 
+    def check_sampling(self) -> None:
+        """Raises ValueError for settings in `sampling` that fit its class, but not this model."""
+
     def labels_of(self, condition: Condition, rows: int, device: torch.device) -> Tensor:
         """(rows,) int64 classes for generators that take nothing else, −1 for the null condition.
 
@@ -194,3 +197,22 @@ def indices_of(tokens: Tokens, spec: TokenSpec) -> Tensor:
         shape = None if indices is None else tuple(indices.shape)
         raise ValueError(f"tokens.indices of shape {shape}: this generator was built for (b, {spec.length})")
     return indices
+
+
+def accept_latents(kind: str, spec: TokenSpec) -> None:
+    """Raises UserError unless tokens are continuous."""
+    if spec.kind != "continuous":
+        raise refuse(
+            kind, spec, "it models latents, not indices", "use a tokenizer with quantizer=kl, or generator=maskgit"
+        )
+
+
+def latents_of(tokens: Tokens, spec: TokenSpec) -> Tensor:
+    """Latents (b, n, d); raises ValueError where a batch is not of the tokens that a generator was built for."""
+    latents = tokens.latents
+    if latents is None or tuple(latents.shape[1:]) != (spec.length, spec.dim):
+        shape = None if latents is None else tuple(latents.shape)
+        raise ValueError(
+            f"tokens.latents of shape {shape}: this generator was built for (b, {spec.length}, {spec.dim})"
+        )
+    return latents

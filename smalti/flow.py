@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor], Tensor]  # x (b, c, h, w) and t (b,) to dx/dt (b, c, h, w)
+Velocity = Callable[[Tensor, Tensor], Tensor]  # x (b, …) and t (b,) to dx/dt (b, …); guidance: of (b, c, h, w)
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def shift_levels(sigma: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(noised, target): σ·noise + (1 − σ)·clean, and the velocity noise − clean. clean: (b, c, h, w), sigma: (b,)."""
-    level = sigma[:, None, None, None].to(clean.dtype)
+    """(noised, target): σ·noise + (1 − σ)·clean, and the velocity noise − clean. clean: (b, …), sigma: (b,)."""
+    level = sigma.to(clean.dtype).view(-1, *(1 for _ in clean.shape[1:]))
     return level * noise + (1 - level) * clean, noise - clean
 
 
@@ -177,7 +177,7 @@ def rescale_to_mimic(
 
 
 def sample(velocity: Velocity, noise: Tensor, *, steps: int, solver: str = "euler") -> Tensor:
-    """Integrate from noise (b, c, h, w) at t = 1 to t = 0 in equal steps; the result is a clean image or latent.
+    """Integrate from noise (b, …) at t = 1 to t = 0 in equal steps; the result is a clean image or latent.
 
     solver: "euler", as published: x ← x − v(x, t) / steps at t = 1, …, 1/steps. "heun": of second order; each step but
     the last takes a second velocity at its end and goes along the mean of both, 2·steps − 1 evaluations in all. The

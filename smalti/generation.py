@@ -191,6 +191,7 @@ def load_sampler(cfg: Mapping[str, Any], device: torch.device) -> Sampler:
     )
     try:
         generator.check_length(sampler.length)
+        generator.check_sampling()
         if sampler.labels is not None:
             generator.check_guidance((describe_sampling(generator) or {}).get("guidance", 1))
     except ValueError as error:

@@ -26,6 +26,7 @@ _CLASSES: dict[str, str | type] = {
     "flextok_ar": "smalti.generators.flextok_ar:FlexTokAR",
     "maskgit": "smalti.generators.maskgit:MaskGIT",
     "rar": "smalti.generators.rar:RAR",
+    "mar": "smalti.generators.mar:MAR",
     "vq": "smalti.tokenizers.quantizers.vq:VectorQuantizer",
     "kl": "smalti.tokenizers.quantizers.kl:GaussianQuantizer",
     "fsq": "smalti.tokenizers.quantizers.fsq:FSQ",

@@ -202,6 +202,30 @@ def gpt(width: int, depth: int, heads: int, batch: int, lr: float, guidance: flo
     }  # fmt: skip
 
 
+MAR = {  # mar fact sheet (LTH14/mar@fe470ac), sections 1, 3 and 4: 625 steps an epoch of 2,048 images
+    "data.resize": None, "data.crop": "adm", "data.flip": True, "data.batch_size": 2048,
+    "optimizer.lr": 1e-4 * 2048 / 256, "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.02, "optimizer.no_decay": ["head."], "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 100 * 625, "optimizer.clip": 3.0, "ema.decay": 0.9999, "ema.constant": True,
+    "trainer.precision": "bf16-mixed", "generator.buffer": 64, "generator.dropout": 0.1,
+    "generator.attention_dropout": 0.1, "generator.label_dropout": 0.1, "generator.mask_ratio_min": 0.7,
+    "generator.loss_repeats": 4, "generator.patch_size": 1, "generator.head": "diffusion",
+    "generator.sampling.steps": 100, "generator.sampling.temperature": 1.0, "generator.sampling.sampler": "ancestral",
+    "generator.sampling.guidance_schedule": "linear", "generator.sampling.max_timestep": None,
+    "generator.sampling.annealing": "none", "requires.tokenizer_path.experiment": "klvae_kl16",
+}  # fmt: skip
+
+
+def mar(width: int, depth: int, heads: int, head_depth: int, head_width: int, guidance: float) -> dict[str, Any]:
+    """A released model of MAR's: sections 1.2 and 3, 800 epochs."""
+    return {
+        **MAR, "trainer.max_steps": 800 * 625, "generator.attention": "bidirectional", "generator.order": "random",
+        "generator.width": width, "generator.depth": depth, "generator.heads": heads,
+        "generator.head_depth": head_depth, "generator.head_width": head_width,
+        "generator.sampling.iterations": 256, "generator.sampling.guidance": guidance,
+    }  # fmt: skip
+
+
 GENERATORS = {
     "gpt": gpt(768, 12, 12, 256, 1e-4, 2.0, 256),
     "gpt_l": gpt(1024, 24, 16, 256, 1e-4, 1.75, 256),
@@ -230,6 +254,13 @@ GENERATORS = {
     "rar_l": rar(1024, 24, 4096, 1.02, 15.5, 2.5),
     "rar_xl": rar(1280, 32, 5120, 1.02, 6.9, 1.5),
     "rar_xxl": rar(1408, 40, 6144, 1.02, 8.0, 1.2),
+    "mar": mar(768, 12, 12, 6, 1024, 2.9),
+    "mar_l": mar(1024, 16, 16, 8, 1280, 3.0),
+    "mar_h": mar(1280, 20, 16, 12, 1536, 3.2),
+    "mar_ar": {  # the paper's ablation: 400 epochs of MAR-L's size, no encoder
+        **mar(1024, 16, 16, 3, 1024, 3.0), "trainer.max_steps": 400 * 625, "generator.attention": "causal",
+        "generator.order": "raster", "generator.sampling.iterations": None,
+    },
 }  # fmt: skip
 PAPER = {
     "flextok": {**FLEXTOK, **depths(18, 18)},

@@ -1,11 +1,11 @@
-"""How one token is chosen from a distribution, and the uniform numbers that choose it.
+"""How one token is chosen from a distribution, and the numbers that choose it: uniform, or normal of continuous ones.
 
 A sample's numbers depend on its own seed alone, so that neither batch size nor process count changes its tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +19,17 @@ def uniforms(seeds: Tensor | Sequence[int], shape: Sequence[int], *key: int | st
     key: what they are for, such as ("token",) or ("confidence", step). Float64, because the smallest step of float32
     would cut the tails off (a float32 Gumbel number cannot exceed 16.6).
     """
+    return _rows(torch.rand, seeds, shape, *key)
+
+
+def normals(seeds: Tensor | Sequence[int], shape: Sequence[int], *key: int | str) -> Tensor:
+    """Standard normal numbers, (b, *shape) float32 on the CPU, made in float64: row i from (seeds[i], key) alone."""
+    return _rows(torch.randn, seeds, shape, *key).float()
+
+
+def _rows(draw: Callable[..., Tensor], seeds: Tensor | Sequence[int], shape: Sequence[int], *key: int | str) -> Tensor:
     rows = [
-        torch.rand(*shape, generator=generator("sample", int(seed), *key), dtype=torch.float64)
+        draw(*shape, generator=generator("sample", int(seed), *key), dtype=torch.float64)
         for seed in (seeds.tolist() if isinstance(seeds, Tensor) else seeds)
     ]
     return torch.stack(rows) if rows else torch.empty(0, *shape, dtype=torch.float64)

@@ -7,8 +7,12 @@ minus 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 
 from torch import Tensor
+
+from smalti.settings import check_choice
 
 SCHEDULES = ("constant", "linear", "power_cosine")
 
@@ -38,3 +42,15 @@ def scales(
     }
     share = shares[schedule]
     return [1 + (scale - 1) * share(s) for s in range(guided)] + [1.0] * (steps - guided)
+
+
+def scales_by_tokens(scale: float, counts: Sequence[int], schedule: str = "linear") -> list[float]:
+    """The guidance scale of iterations that predict so many tokens each.
+
+    schedule: "constant", or "linear" in the share of tokens that are known after the iteration, of which the last one
+    counts all but one: 1 + (scale − 1) · share, as MAR has it.
+    """
+    check_choice("guidance_schedule", schedule, ("constant", "linear"))
+    n = sum(counts)
+    shares = [1.0] * len(counts) if schedule == "constant" else [min(k, n - 1) / n for k in accumulate(counts)]
+    return [1 + (scale - 1) * share for share in shares]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,3 +40,26 @@ def stay_masked(schedule: str, n: int, left: int, done: float) -> int:
     """
     share = float(SCHEDULES[schedule](torch.tensor(done, dtype=torch.float64)))
     return max(1, min(left - 1, math.floor(n * share)))
+
+
+def tokens_per_iteration(n: int, iterations: int) -> list[int]:
+    """How many of n tokens each iteration predicts, few at first: after iteration s = 1…iterations, n · cos(π/2 · s /
+    iterations) are left, rounded down, but at least one token is predicted in each (MAR).
+
+    Raises ValueError for more iterations than tokens.
+    """
+    if not 1 <= iterations <= n:
+        raise ValueError(
+            f"iterations={iterations} for {n} tokens: each predicts one or more; use 1 to {n}, or null for {n}"
+        )
+    left = [n]
+    for s in range(1, iterations):
+        left.append(max(1, min(left[-1] - 1, math.floor(n * math.cos(math.pi / 2 * s / iterations)))))
+    return [before - after for before, after in pairwise([*left, 0])]
+
+
+def mask_ratio(uniform: Tensor, least: float) -> Tensor:
+    """Ratios in [least, 1] by inverse CDF of uniform numbers in [0, 1): normal with mean 1 and standard deviation 0.25,
+    truncated (MAR). In float64."""
+    low = torch.special.ndtr(torch.tensor((least - 1) / 0.25, dtype=torch.float64))
+    return (1 + 0.25 * torch.special.ndtri(low + uniform.double() * (0.5 - low))).clamp(least, 1)

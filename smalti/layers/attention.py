@@ -24,18 +24,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, **options).to(dtype).transpose(1, 2).flatten(2)
 
 
+def take(x: Tensor, keep: slice | Tensor) -> Tensor:
+    """Tokens of x (b, n, d): a slice of them, the same in each sample, or those at places (b, m)."""
+    return x[:, keep] if isinstance(keep, slice) else x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over all tokens, or over those that a mask leaves: no dropout, biases everywhere.
+    """Multi-head self-attention over all tokens, or over those that a mask leaves: biases everywhere.
 
     The projections start as torch's own `nn.MultiheadAttention` starts them: queries, keys and values xavier-uniform
-    as one (3·width, width) matrix, biases zero, the output as any Linear.
+    as one (3·width, width) matrix, biases zero, the output as any Linear. dropout: of attention's probabilities.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.reset_parameters()
@@ -45,8 +50,8 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, keep: slice | None = None, mask: Tensor | None = None) -> Tensor:
-        """x: (b, n, d), returns (b, n, d), or only the tokens in `keep`, which still attend to all.
+    def forward(self, x: Tensor, keep: slice | Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x: (b, n, d), returns (b, n, d), or only the tokens in `keep` (see `take`), which still attend to all.
 
         mask: (b, n) bool, true for the tokens that may be attended to, at least one of each sample; None: all.
         """
@@ -56,9 +61,10 @@ class SelfAttention(nn.Module):
             q, k, v = self._heads(self.qkv(x), 3)
         else:
             weights, biases = self.qkv.weight.split((d, 2 * d)), self.qkv.bias.split((d, 2 * d))
-            (q,) = self._heads(F.linear(x[:, keep], weights[0], biases[0]), 1)
+            (q,) = self._heads(F.linear(take(x, keep), weights[0], biases[0]), 1)
             k, v = self._heads(F.linear(x, weights[1], biases[1]), 2)
-        return self.out(attend(q, k, v, attn_mask=None if mask is None else mask[:, None, None]))
+        dropped = self.dropout if self.training else 0.0
+        return self.out(attend(q, k, v, attn_mask=None if mask is None else mask[:, None, None], dropout_p=dropped))
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(b, n, parts·d) as `parts` views (b, heads, n, d / heads)."""
@@ -71,20 +77,29 @@ class CausalAttention(nn.Module):
 
     kv_heads: heads of keys and values, each of which serves heads / kv_heads heads of queries next to each other
     (grouped queries, Ainslie et al. 2023, arXiv:2305.13245); None: as many as of queries. qk_norm: each head's queries
-    and keys are normalised, with a learned gain. out_bias: of the output projection; queries, keys, values have none.
+    and keys are normalised, with a learned gain. qkv_bias, out_bias: of the projections. dropout: of attention's
+    probabilities.
     """
 
     def __init__(
-        self, width: int, heads: int, *, kv_heads: int | None = None, qk_norm: bool = False, out_bias: bool = False
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.heads, self.kv_heads, self.dropout = heads, kv_heads or heads, dropout
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}")
         if heads % self.kv_heads:
             raise ValueError(f"heads={heads} is not a multiple of kv_heads={self.kv_heads}")
         self.head_width = width // heads
-        self.qkv = nn.Linear(width, (heads + 2 * self.kv_heads) * self.head_width, bias=False)
+        self.qkv = nn.Linear(width, (heads + 2 * self.kv_heads) * self.head_width, bias=qkv_bias)
         self.out = nn.Linear(width, width, bias=out_bias)
         self.qk_norm = qk_norm
         if qk_norm:
@@ -120,4 +135,5 @@ class CausalAttention(nn.Module):
         if mask is None and start and m > 1:
             mask = torch.ones(m, start + m, dtype=torch.bool, device=x.device).tril_(start)
         causal, grouped = mask is None and m > 1, self.kv_heads != self.heads
-        return self.out(attend(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped))
+        dropped = self.dropout if self.training else 0.0
+        return self.out(attend(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped, dropout_p=dropped))

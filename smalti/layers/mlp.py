@@ -9,19 +9,27 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Linear, GELU, Linear. x: (…, width); returns (…, out), by default as wide as x.
 
-    gelu: "none", exact, or "tanh", its approximation.
+    gelu: "none", exact, or "tanh", its approximation. dropout: behind it.
     """
 
     def __init__(
-        self, width: int, hidden: int, out: int | None = None, *, bias: bool = True, gelu: str = "none"
+        self,
+        width: int,
+        hidden: int,
+        out: int | None = None,
+        *,
+        bias: bool = True,
+        gelu: str = "none",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.gelu = gelu
+        self.gelu, self.dropout = gelu, dropout
         self.fc = nn.Linear(width, hidden, bias=bias)
         self.proj = nn.Linear(hidden, out or width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.gelu(self.fc(x), approximate=self.gelu))
+        x = F.gelu(self.fc(x), approximate=self.gelu)
+        return self.proj(F.dropout(x, self.dropout, self.training) if self.dropout else x)
 
 
 class FeedForward(nn.Module):

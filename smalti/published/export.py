@@ -19,7 +19,7 @@ from smalti import exports
 from smalti.errors import UserError
 from smalti.instantiate import instantiate
 from smalti.model import Model
-from smalti.published import flextok, flextok_ar, llamagen, maskgit, onedpiece, rar, titok
+from smalti.published import flextok, flextok_ar, llamagen, mar, maskgit, onedpiece, rar, titok
 from smalti.registry import build
 from smalti.tokenizers.flextok import FlexTok
 from smalti.training import checkpoint as checkpoints
@@ -30,6 +30,7 @@ SOURCES: dict[str, Callable[[str, str | None], Model]] = {
     "flextok": flextok.convert,
     "maskgit": maskgit.convert,
     "rar": rar.convert,
+    "mar": mar.convert,
     "llamagen": llamagen.convert,
     "flextok_ar": flextok_ar.convert,
 }

@@ -55,6 +55,14 @@ def test_titok_goes_on_where_it_broke_in_every_form(tmp_path: Path, assert_same_
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_mar_goes_on_where_it_broke(tmp_path: Path, assert_same_run: Any) -> None:
+    options = {"generator": "mar", "accumulate": 2, "max_steps": 6, "checkpoint_every": 2}
+    tiny_run(tmp_path / "whole", **options)
+    broken_run(tmp_path / "broken", 5, **options)
+    tiny_run(tmp_path / "broken", **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
 @pytest.mark.parametrize("options", [{}, GAN, GENERATOR], ids=["plain", "gan", "generator"])
 def test_a_run_stopped_by_a_signal_between_checkpoints_and_rows_loses_nothing(
     tmp_path: Path, assert_same_run: Any, options: dict[str, Any]

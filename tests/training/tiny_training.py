@@ -217,7 +217,7 @@ def tiny_run(
     sleep_s: float = 0.0,
     stop_at: int | None = None,
     titok: str | None = None,
-    generator: bool = False,
+    generator: bool | str = False,
     ema: bool = True,
     workers: int = 0,
     stream: Any = None,
@@ -225,11 +225,13 @@ def tiny_run(
 ) -> Any:
     """Train in `folder`, going on from `checkpoint` or its newest one; gives the module.
 
-    generator: train a ToyGenerator on the tokens of a frozen TiTok instead of a tokenizer. Each process leaves the
-    module's state in rank-<number>.pt.
+    generator: train a ToyGenerator on the tokens of a frozen TiTok instead of a tokenizer; "mar": MAR on those of its
+    VAE. Each process leaves the module's state in rank-<number>.pt.
     """
     from toy_generator import ToyGenerator
 
+    from smalti.generators.base import Generator
+    from smalti.generators.mar import MAR
     from smalti.training.callbacks.checkpointing import Checkpointing
     from smalti.training.callbacks.generation import Samples, ValidationLoss
     from smalti.training.callbacks.metrics_csv import MetricsCsv
@@ -251,11 +253,17 @@ def tiny_run(
     measuring: list[pl.Callback] = []
     module: TrainingModule
     if generator:
-        tokenizer = tiny_titok("pixels", None)[0]
-        toy = ToyGenerator(
-            tokens=tokenizer.spec.to_dict(), num_classes=3, dropout=dropout, label_dropout=0.3 if noise else 0.0
-        )
-        module = GeneratorModule(toy, optimizer, tokenizer=tokenizer, **options)
+        tokenizer = tiny_titok("kl" if generator == "mar" else "pixels", None)[0]
+        common: dict[str, Any] = {"tokens": tokenizer.spec.to_dict(), "num_classes": 3, "dropout": dropout}
+        common["label_dropout"] = 0.3 if noise else 0.0
+        made: Generator
+        if generator == "mar":
+            sampling = {"iterations": 2, "steps": 3, "max_timestep": 950, "guidance": 2.0}
+            sizes = {"width": 16, "depth": 1, "heads": 2, "buffer": 2, "head_width": 16, "head_depth": 1}
+            made = MAR(**common, **sizes, attention_dropout=dropout, sampling=sampling)
+        else:
+            made = ToyGenerator(**common)
+        module = GeneratorModule(made, optimizer, tokenizer=tokenizer, **options)
         measuring = [ValidationLoss(lambda: tiny_loader(2, 4, 0), every=5), Samples(4, folder / "images", every=10)]
     else:
         kind = tiny_titok(titok, gan) if titok else (TinyTokenizer(dropout=dropout, noise=noise), TinyObjective(gan))
