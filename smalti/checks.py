@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from smalti.errors import UserError, did_you_mean
 
 # Published code bases that export.py converts.
-SOURCES = ("titok", "onedpiece", "flextok", "maskgit", "rar", "llamagen", "flextok_ar")
+SOURCES = ("titok", "onedpiece", "flextok", "klvae", "maskgit", "rar", "llamagen", "flextok_ar")
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 MOST_IN_A_PICTURE = 1024  # of generate.py
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -74,6 +74,8 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "objective.adversarial.adaptive_weight_max": (float,),
     "objective.adversarial.generator_loss": (str,),
     "tokenizer.decoder_channel_mult": (list,),
+    "tokenizer.scaling_factor": (float,),
+    "tokenizer.quantizer.scaling_factor": (float,),
 }
 
 _NAMES = {
