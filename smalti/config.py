@@ -59,6 +59,7 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "ema": (dict,),
     "source": (str,),
     "images": (int,),
+    "rescale": (int,),
     "samples": (int,),
     "bounds": (int,),
     "lengths": (str, list, int),

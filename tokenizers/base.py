@@ -73,13 +73,18 @@ class Tokenizer(Model):
         quantizer = getattr(self, "quantizer", None)
         return quantizer.scale if isinstance(quantizer, GaussianQuantizer) else None
 
-    def moments_of(self, images: Tensor) -> Tensor | None:
+    @property
+    def has_posterior(self) -> bool:
+        """Whether an image has a distribution of tokens, of which generators learn samples: see `moments_of`."""
+        return isinstance(getattr(self, "quantizer", None), GaussianQuantizer)
+
+    def moments_of(self, images: Tensor) -> Tensor:
         """Means and log-variances (b, n, 2·d) of the posteriors of images' latents, means first, not scaled.
 
-        Inference mode. None for tokenizers that have no posterior (discrete ones), or do not sample from it: then
-        `encode` gives what generators learn. `sample` makes tokens of them, with new noise as often as wanted.
+        Inference mode. `sample` makes tokens of them, with new noise as often as wanted. Raises ValueError for
+        tokenizers that have no posterior.
         """
-        return None
+        raise ValueError(f"{type(self).__name__} has no posterior; `encode` gives its tokens")
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tokens:
         """Tokens of posteriors (b, n, 2·d), scaled, float32. noise: (b, n, d) standard normal; None: their means."""

@@ -28,7 +28,6 @@ from smalti.layers.transformer import Transformer
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder
 from smalti.tokenizers.quantizers.base import Draws, Quantized, Quantizer
-from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.regularizers import Regularizer, kept_mask
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
@@ -181,9 +180,9 @@ class TiTok(Tokenizer):
         return self.scaled(self._quantize(images, draws))
 
     @torch.inference_mode()
-    def moments_of(self, images: Tensor) -> Tensor | None:
-        if not isinstance(self.quantizer, GaussianQuantizer):
-            return None
+    def moments_of(self, images: Tensor) -> Tensor:
+        if not self.has_posterior:
+            return super().moments_of(images)
         self.check_images(images)
         return self._features(images)
 

@@ -56,6 +56,10 @@ class VAE(Tokenizer):
     def latent_scale(self) -> LatentScale:
         return self.scale
 
+    @property
+    def has_posterior(self) -> bool:
+        return self.sample_posterior
+
     @torch.inference_mode()
     def encode(self, images: Tensor, *, draws: Draws | None = None) -> Tokens:
         """images: (b, 3, image_size, image_size) float in [0, 1]. Latents are scaled, tokens row-major."""
@@ -69,8 +73,8 @@ class VAE(Tokenizer):
         return self._pixels(self.tokens_to_latents(tokens)).clamp(0, 1)
 
     @torch.inference_mode()
-    def moments_of(self, images: Tensor) -> Tensor | None:
-        return self._token_moments(images) if self.sample_posterior else None
+    def moments_of(self, images: Tensor) -> Tensor:
+        return self._token_moments(images)
 
     def forward(self, images: Tensor, draws: Draws | None = None) -> TokenizerOutput:
         """A sample of the posterior with draws. quantized.latents are not scaled."""

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from smalti.layers.convolution import group_norm
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 from smalti.tokenizers.quantizers.base import Draws, Quantizer
-from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
 
@@ -90,9 +89,9 @@ class VQGAN(Tokenizer):
         return self.scaled(self.quantizer(rearrange(self.features(images), "b d h w -> b (h w) d")))
 
     @torch.inference_mode()
-    def moments_of(self, images: Tensor) -> Tensor | None:
-        if not isinstance(self.quantizer, GaussianQuantizer):
-            return None
+    def moments_of(self, images: Tensor) -> Tensor:
+        if not self.has_posterior:
+            return super().moments_of(images)
         self.check_images(images)
         return rearrange(self.features(images), "b d h w -> b (h w) d")
 
