@@ -75,8 +75,8 @@ class Tokenizer(Model):
 
     @property
     def has_posterior(self) -> bool:
-        """Whether an image has a distribution of tokens, of which generators learn samples: see `moments_of`."""
-        return isinstance(getattr(self, "quantizer", None), GaussianQuantizer)
+        """Whether an image has a distribution of tokens, of which generators learn samples: by `moments_of`."""
+        return False
 
     def moments_of(self, images: Tensor) -> Tensor:
         """Means and log-variances (b, n, 2·d) of the posteriors of images' latents, means first, not scaled.

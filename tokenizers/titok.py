@@ -28,6 +28,7 @@ from smalti.layers.transformer import Transformer
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder
 from smalti.tokenizers.quantizers.base import Draws, Quantized, Quantizer
+from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.regularizers import Regularizer, kept_mask
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
@@ -178,6 +179,10 @@ class TiTok(Tokenizer):
         """
         self.check_images(images)
         return self.scaled(self._quantize(images, draws))
+
+    @property
+    def has_posterior(self) -> bool:
+        return isinstance(self.quantizer, GaussianQuantizer)
 
     @torch.inference_mode()
     def moments_of(self, images: Tensor) -> Tensor:
