@@ -332,7 +332,7 @@ REFUSED = [
     ({"width": 30}, "width=30 is not a multiple of heads=4"),
     ({"sampling": {"guidance_schedule": "cosine"}}, "guidance_schedule='cosine' is not known; use one of constant, l"),
     ({"sampling": {"steps": 2000}}, r"sampling\.steps=2000"),
-    ({"head": "flow", "sampling": {"temperature": 0.9}}, r"sampling\.temperature=0\.9: a flow head"),
+    ({"head": "flow", "sampling": {"temperature": 0.9}}, r"sampling\.temperature=0\.9 is of head=diffusion"),
 ]
 
 
