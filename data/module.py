@@ -28,7 +28,7 @@ from smalti.data.order import Batch, BatchSampler, Order, Remainder, split_evenl
 from smalti.data.shards import ShardSource, find_shards
 from smalti.data.source import Source, cache_folder
 from smalti.data.text import FEATURES, LONG, SHORT, Captions, Features, captions_of, choose
-from smalti.data.tokens import TokenSource, TokenViews, check_alike, token_index
+from smalti.data.tokens import TokenSource, check_alike, token_index, views_of
 from smalti.errors import UserError, did_you_mean
 
 _VALIDATION, _TEST = ("val", "validation"), ("test",)
@@ -40,8 +40,8 @@ class DataModule:
 
     path: an ImageFolder, a folder of shards, a glob, a brace list or a list of shards; null: the embedded shapes.
         A folder with `train` beside `val`, `validation` or `test` is read by these. Token shards, as encode.py writes
-        them, are known by their index.json; then batches have `indices`, and what is said of images below has no
-        effect but for their number.
+        them, are known by their index.json; then batches have `indices` (or `moments` or `latents`, of continuous
+        tokens), and what is said of images below has no effect but for their number.
     val_path: validation images likewise; null: what lies in `path`, else `val_fraction` of the samples, chosen by a
         hash of their keys, are held out of training.
     image_size: side of the crop. resize: shorter side before a random or centre crop; null: image_size. Validation
@@ -294,7 +294,7 @@ class DataModule:
 
     def _samples(self, split: Split, *, training: bool) -> Samples:
         if isinstance(split.source, TokenSource):
-            return TokenViews(split, split.source, self.seed if training else None)
+            return views_of(split, split.source, self.seed if training else None)
         if training:
             return Images(split, self.image_size, self.crop, self.resize, self.flip, self.seed)
         return Images(split, self.image_size, "adm" if self.crop in ADM_CROPS else "center", self.image_size)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from smalti.errors import UserError, did_you_mean
 
 # Published code bases that export.py converts.
-SOURCES = ("titok", "onedpiece", "flextok", "maskgit", "rar", "llamagen", "flextok_ar", "mar")
+SOURCES = ("titok", "onedpiece", "flextok", "klvae", "maskgit", "rar", "mar", "llamagen", "flextok_ar")
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 MOST_IN_A_PICTURE = 1024  # of generate.py
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -28,8 +28,8 @@ POSITIVE = {  # whole numbers ≥ 1 (each, in a list)
     "image_size", "resize", "num_latent_tokens", "proxy_codebook_size", "codebook_size", "dim", "width", "depth",
     "heads", "patch_size", "channels", "channel_mult", "num_res_blocks", "hidden_channels", "num_stages", "num_layers",
     "length", "z_channels", "norm_groups", "size", "text_length", "text_dim", "max_steps", "batch_size", "every",
-    "images", "pictures", "baseline_images", "length_images", "num", "samples", "classifier_steps", "accumulate",
-    "num_nodes", "nan_limit",
+    "images", "pictures", "baseline_images", "length_images", "num", "rescale", "samples", "classifier_steps",
+    "accumulate", "num_nodes", "nan_limit",
 }  # fmt: skip
 NOT_NEGATIVE = {  # numbers ≥ 0
     "num_classes", "bounds", "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed",
@@ -46,6 +46,7 @@ CHOICES = {
     "crop": ("random", "center", "adm", "adm_random"),
     "remainder": ("drop", "pad"),
     "views": ("center", "flip", "ten_crop"),
+    "latent_dtype": ("float16", "float32"),
     "reconstruction": ("l1", "l2"),
     "latent_layout": ("corrected", "legacy"),
     "tokenizer.head": ("pixels", "codes", "soft_codes"),
@@ -180,6 +181,8 @@ def check_encode(config: DictConfig, *, data_set: bool = False) -> None:
             f"text_encoder={values['text_encoder']} is for the captions of a data set; give data.path=DIR, or leave it "
             "out"
         )
+    if values["rescale"] is not None:
+        raise UserError(f"rescale={values['rescale']} needs images to measure: give data.path=DIR, or data=shapes")
     image, decode, length = values["image"], values["decode"], values["length"]
     targets = {f"quality.{name}": value for name, value in values["quality"].items() if value is not None}
     shown = " and ".join(f"{key}={_show(value)}" for key, value in targets.items())
@@ -231,6 +234,11 @@ def _check_tokenising(values: Mapping[str, Any]) -> None:
     output = values["output"]
     if Path(output).suffix == ".tar":
         raise UserError(f"output={output} must be a folder, in which the shards are written")
+    for key, unless in (("views", "center"), ("text_encoder", None)):
+        if values["rescale"] is not None and values[key] != unless:
+            raise UserError(
+                f"{key}={values[key]} is for tokens, but rescale={values['rescale']} writes none; leave it out"
+            )
     check_folder("output", output)
 
 

@@ -59,6 +59,7 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "ema": (dict,),
     "source": (str,),
     "images": (int,),
+    "rescale": (int,),
     "samples": (int,),
     "bounds": (int,),
     "lengths": (str, list, int),
@@ -74,6 +75,8 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "objective.adversarial.adaptive_weight_max": (float,),
     "objective.adversarial.generator_loss": (str,),
     "tokenizer.decoder_channel_mult": (list,),
+    "tokenizer.scaling_factor": (float,),
+    "tokenizer.quantizer.scaling_factor": (float,),
 }
 
 _NAMES = {

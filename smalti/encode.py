@@ -1,6 +1,7 @@
 """`python encode.py image=… model_path=DIR output=…` (installed: `smalti encode …`): compose, check, then encode.
 
-With `decode=` instead of `image=`, the way back; with `data.path=` (or `data=shapes`) a whole data set as token shards.
+With `decode=` instead of `image=`, the way back; with `data.path=` (or `data=shapes`) a whole data set as token shards,
+or with `rescale=` the tokenizer anew, its latents scaled by what they are on these images.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ def _command(line: Line) -> None:
         return
     data_set = any(word.partition("=")[0].split(".")[0] == "data" for word in line.overrides)
     check_encode(config, data_set=data_set)
+    if config.rescale is not None:
+        from smalti.latents import rescale
+
+        rescale(config)
+        return
     if data_set:
         from smalti.tokenising import tokenise
 

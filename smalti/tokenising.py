@@ -42,8 +42,10 @@ from smalti.evaluation.processes import processes
 from smalti.evaluation.run import data_for
 from smalti.exports import absolute
 from smalti.headway import Headway
+from smalti.latents import LatentSums, check_scale, factor_of
 from smalti.text import TextEncoder
 from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 
 SAMPLES_PER_SHARD = 4000  # of a folder of images
 
@@ -148,11 +150,7 @@ def tokenise(config: DictConfig | Mapping[str, Any]) -> None:
     cfg: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
     with processes(cfg["device"]) as (rank, world_size, device):
         tokenizer = Tokenizer.from_pretrained(cfg["model_path"]).to(device).eval()
-        if tokenizer.spec.codebook_size is None:
-            raise UserError(
-                f"model_path={cfg['model_path']} gives continuous tokens, which token shards do not hold; use a "
-                "tokenizer with a codebook, or train on images with data.path=IMAGES"
-            )
+        check_scale(tokenizer, "model_path", cfg["model_path"])
         data = data_for(tokenizer, cfg)
         data.check()
         crop: Crop = "adm" if data.crop.startswith("adm") else "center"
@@ -167,13 +165,14 @@ def tokenise(config: DictConfig | Mapping[str, Any]) -> None:
             },
             **views.described(),
             **({} if text_encoder is None else {"text": text_encoder.describe()}),
+            **described_latents(tokenizer, cfg["latent_dtype"]),
         }
         for folder in {folder for folder, _ in sources_of(data, output)}:
             _check_folder(folder, about)
         units = [unit for folder, source in sources_of(data, output) for unit in units_of(source, folder)]
         writer = _Writer(tokenizer, data, views, about, cfg["batch_size"], device, text_encoder)
         writer.run(units[rank::world_size], say=rank == 0)
-        finish(units, about)
+        finish(units, about, factor_of(tokenizer))
         if rank == 0:
             count = sum(len(unit.samples) for unit in units)
             whose = "" if world_size == 1 else f"; {world_size} processes share them"
@@ -190,6 +189,13 @@ def open_text_encoder(cfg: Mapping[str, Any], data: DataModule, device: torch.de
             f"text_encoder={name}, but data.path={data.path} has no captions; give shards with KEY.txt, or leave it out"
         )
     return TextEncoder(name, length=cfg["text_length"]).to(device)
+
+
+def described_latents(tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    """What index.json says of continuous tokens: what of them is stored, in which type; nothing of discrete ones."""
+    if tokenizer.spec.kind == "discrete":
+        return {}
+    return {"latents": {"kind": "moments" if tokenizer.has_posterior else "latents", "dtype": dtype}}
 
 
 def sources_of(data: DataModule, output: Path) -> list[tuple[Path, Source]]:
@@ -218,8 +224,11 @@ def units_of(source: Source, folder: Path) -> list[Unit]:
     return [Unit(source, folder, number, order[cut], keys[cut]) for number, cut in enumerate(cuts)]
 
 
-def finish(units: Sequence[Unit], about: Mapping[str, Any]) -> None:
-    """Write index.json of every folder whose shards are all there; another process may do so at the same time."""
+def finish(units: Sequence[Unit], about: Mapping[str, Any], factor: float) -> None:
+    """Write index.json of every folder whose shards are all there; another process may do so at the same time.
+
+    factor: of the tokenizer's latents; those that are stored are scaled already where there are no moments.
+    """
     folders: dict[Path, list[Unit]] = {}
     for unit in units:
         folders.setdefault(unit.folder, []).append(unit)
@@ -228,7 +237,13 @@ def finish(units: Sequence[Unit], about: Mapping[str, Any]) -> None:
             entries = [json.loads(unit.part.read_text())["entry"] for unit in its]
         except FileNotFoundError:
             continue  # others are at work, or have just finished
-        write_index(folder, entries, its[0].source.classes, **about)
+        statistics = {}
+        if "latents" in about:
+            sums = LatentSums.empty(about["tokenizer"]["spec"]["dim"])
+            for entry in entries:
+                sums.add(LatentSums(**entry["latents"]))
+            statistics = {"statistics": sums.described(factor if about["latents"]["kind"] == "moments" else 1.0)}
+        write_index(folder, entries, its[0].source.classes, **about, **statistics)
         shutil.rmtree(folder / ".parts", ignore_errors=True)
         for left in folder.glob(".*.tar"):  # by a process that was killed
             left.unlink(missing_ok=True)
@@ -251,7 +266,8 @@ class _Writer:
         self.tokenizer, self.data, self.views, self.about = tokenizer, data, views, about
         self.samples_a_batch = max(1, batch_size // views.count)
         self.batch_size, self.device = batch_size, device
-        self.dtype = dtype_of(tokenizer.spec)
+        self.latents: Mapping[str, str] | None = about.get("latents")
+        self.dtype = dtype_of(tokenizer.spec, self.latents)
 
     def run(self, units: Sequence[Unit], *, say: bool) -> None:
         missing = [unit for unit in units if not self.kept(unit)]
@@ -263,18 +279,7 @@ class _Writer:
             its = [unit for unit in missing if unit.source is source]
             batches = self._batches(its)
             for unit in its:
-                arrays: list[np.ndarray] = []
-                labels: list[int] = []
-                captions: list[str] = []
-                texts: list[dict[str, Any]] = []
-                while len(arrays) < len(unit.samples):
-                    batch = next(batches)
-                    arrays += self.encode(batch["views"])
-                    labels += batch["label"].tolist()
-                    captions += batch.get("caption", [])
-                    texts += self.encode_texts(batch["captions"]) if self.text_encoder else [{}] * len(batch["label"])
-                    headway.add(len(batch["label"]))
-                self.write(unit, arrays, labels, captions, texts)
+                self.write(unit, batches, headway)
 
     def kept(self, unit: Unit) -> bool:
         """Whether the shard is finished, of the same samples and whole; then its entry is there for `finish`."""
@@ -291,16 +296,35 @@ class _Writer:
         return False
 
     @torch.inference_mode()
-    def encode(self, views: Tensor) -> list[np.ndarray]:
-        """Indices (v, n) or (v, n, q) of each sample of (b, v, 3, h, w) uint8."""
+    def encode(self, views: Tensor) -> tuple[list[np.ndarray], LatentSums | None]:
+        """The array of each sample of (b, v, 3, h, w) uint8; and, of continuous tokens, the sums of all latents."""
         b, v = views.shape[:2]
         images = views.flatten(0, 1)
         found = []
         for start in range(0, len(images), self.batch_size):
             part = images[start : start + self.batch_size].to(self.device, non_blocking=True)
-            found.append(self.tokenizer.encode(part.float() / 255).values.cpu())
-        indices = torch.cat(found).unflatten(0, (b, v))
-        return list(indices.numpy().astype(self.dtype))
+            found.append(self.values_of(part.float() / 255).cpu())
+        values = torch.cat(found)
+        sums = None
+        if self.latents is not None:
+            sums = (LatentSums.of_moments if self.latents["kind"] == "moments" else LatentSums.of)(values)
+            if not values.isfinite().all():
+                raise UserError(
+                    f"model_path={self.about['tokenizer']['path']} gives latents that are no finite numbers"
+                )
+        with np.errstate(over="ignore"):
+            arrays = values.unflatten(0, (b, v)).numpy().astype(self.dtype)
+        if self.latents is not None and not np.isfinite(arrays).all():
+            largest = float(values.abs().max())
+            raise UserError(f"latent_dtype=float16 does not hold latents as large as {largest:.3g}; use float32")
+        return list(arrays), sums
+
+    def values_of(self, images: Tensor) -> Tensor:
+        """What is written of images (b, 3, h, w) in [0, 1]: indices; moments, with the log-variance clamped as whoever
+        samples does, so that float16 holds it; latents."""
+        if self.latents is None or self.latents["kind"] == "latents":
+            return self.tokenizer.encode(images).values
+        return torch.cat(GaussianQuantizer.posterior(self.tokenizer.moments_of(images)), dim=-1)
 
     def encode_texts(self, captions: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
         """The members that a sample's captions add to it: features of both, and the short one itself."""
@@ -316,23 +340,29 @@ class _Writer:
                 members[row][name] = npy(features[mask].numpy())
         return members
 
-    def write(
-        self,
-        unit: Unit,
-        arrays: Sequence[np.ndarray],
-        labels: Sequence[int],
-        captions: Sequence[str],
-        texts: Sequence[Mapping[str, Any]],
-    ) -> None:
+    def write(self, unit: Unit, batches: Iterator[dict[str, Any]], headway: Headway) -> None:
+        """One shard of the next samples of `batches`; no more than a batch of them is held."""
+        sums = LatentSums.empty(self.tokenizer.spec.dim)
+
         def samples() -> Iterator[dict[str, Any]]:
-            for place, (key, array, label) in enumerate(zip(unit.keys, arrays, labels, strict=True)):
-                sample: dict[str, Any] = {"__key__": key, "npy": npy(array)}
-                sample |= ({"cls": label} if label >= 0 else {}) | ({"txt": captions[place]} if captions else {})
-                yield {**sample, **texts[place]}
+            keys = iter(unit.keys)
+            for _ in range(0, len(unit.samples), self.samples_a_batch):
+                batch = next(batches)
+                arrays, its = self.encode(batch["views"])
+                if its is not None:
+                    sums.add(its)
+                captions = batch.get("caption", [])
+                texts = self.encode_texts(batch["captions"]) if self.text_encoder else [{}] * len(arrays)
+                for place, (array, label) in enumerate(zip(arrays, batch["label"].tolist(), strict=True)):
+                    sample: dict[str, Any] = {"__key__": next(keys), "npy": npy(array)}
+                    sample |= ({"cls": label} if label >= 0 else {}) | ({"txt": captions[place]} if captions else {})
+                    yield sample | texts[place]
+                headway.add(len(arrays))
 
         try:
             unit.part.parent.mkdir(parents=True, exist_ok=True)
-            self.note(unit, write_shard(unit.file, samples()) | {"keys": unit.digest})
+            entry = write_shard(unit.file, samples()) | {"keys": unit.digest}
+            self.note(unit, entry | ({} if self.latents is None else {"latents": sums.to_dict()}))
         except OSError as error:
             raise UserError(
                 f"output: {unit.file} cannot be written ({error.strerror}); make room and run the same command again"
@@ -374,6 +404,8 @@ def _check_folder(folder: Path, about: Mapping[str, Any]) -> None:
             )
         if not same or any(its.get(key) != value for key, value in about.items() if key not in ("tokenizer", "text")):
             of = f"views={its['views']}" if same else f"tokenizer {its['tokenizer']['fingerprint'][:16]}"
+            if same and its.get("latents") != about.get("latents"):
+                of = f"latent_dtype={its['latents']['dtype']}"
             raise UserError(f"output={folder} has other tokens already ({of}); name a new folder, or remove it first")
 
 

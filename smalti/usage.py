@@ -42,6 +42,7 @@ EXAMPLES = {
         "python encode.py decode=photo.tok model_path=DIR output=photo.png": "and back",
         "python encode.py image=~/photos model_path=DIR output=tokens": "a folder, one file an image",
         "python encode.py data.path=~/photos model_path=DIR output=tokens": "token shards, to train generators on",
+        "python encode.py data.path=~/photos model_path=VAE rescale=10000 output=DIR": "a VAE with its scale measured",
     },
     "generate": {
         "python generate.py model_path=runs/gpt/tiny/export": "one picture with samples of all classes",

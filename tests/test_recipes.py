@@ -262,6 +262,10 @@ GENERATORS = {
         "generator.order": "raster", "generator.sampling.iterations": None,
     },
 }  # fmt: skip
+KL16 = {
+    "block_out_channels": [128, 128, 256, 256, 512], "layers_per_block": 2, "norm_num_groups": 32,
+    "latent_channels": 16, "encoder_attention": [4], "decoder_attention": [], "scaling_factor": None,
+}  # fmt: skip
 PAPER = {
     "flextok": {**FLEXTOK, **depths(18, 18)},
     "flextok_d12_d12": {**FLEXTOK, **depths(12, 12), "optimizer.lr": 3e-4, "optimizer.end_lr": 3e-6},
@@ -287,6 +291,20 @@ PAPER = {
     "flextok_vae": {  # the network is published (flextok fact sheet, section 5), the training is not
         "tokenizer.block_out_channels": [128, 256, 512, 512], "tokenizer.layers_per_block": 2,
         "tokenizer.norm_num_groups": 32, "tokenizer.latent_channels": 16, "optimizer.weight_decay": 0.0,
+    },
+    "klvae": {  # sizes of KL-16 but its attention; the recipe is that of flextok_vae
+        **{f"tokenizer.{key}": value for key, value in KL16.items()}, "tokenizer.encoder_attention": [],
+        "optimizer.weight_decay": 0.0,
+    },
+    "klvae_kl16": {  # mar fact sheet (LTH14/mar@fe470ac), section 5; the rest is latent diffusion's, per value
+        **{f"tokenizer.{key}": value for key, value in KL16.items()}, "tokenizer.sample_posterior": True,
+        "data.batch_size": 256, "optimizer.lr": 1e-4, "optimizer.betas": [0.5, 0.9], "optimizer.weight_decay": 0.0,
+        "optimizer.schedule": "constant", "optimizer.warmup_steps": 0, "optimizer.clip": None, "ema": None,
+        "ema.decay": None, "objective.reconstruction": "l1", "objective.pixel_range": "signed",
+        "objective.perceptual_weight": 1.0, "objective.quantizer_weight": pytest.approx(1e-6 / (3 * 256**2), rel=1e-3),
+        "objective.adversarial.weight": 0.5, "objective.adversarial.factor": 1.0,
+        "objective.adversarial.adaptive_weight_max": pytest.approx(1e4 / (3 * 256**2), rel=1e-3),
+        "objective.adversarial.start": 50_001, "objective.adversarial.loss": "hinge",
     },
     "vqgan": {**VQGAN, "tokenizer.channel_mult": [1, 1, 2, 2, 4]},
     "vqgan_f8": {**VQGAN, "tokenizer.channel_mult": [1, 2, 2, 4]},

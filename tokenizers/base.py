@@ -10,6 +10,7 @@ from torch import Tensor
 
 from smalti.model import Model
 from smalti.tokenizers.quantizers.base import Draws, Quantized, Quantizer
+from smalti.tokenizers.quantizers.kl import GaussianQuantizer, LatentScale
 from smalti.tokenizers.spec import Tokens
 
 
@@ -66,6 +67,37 @@ class Tokenizer(Model):
         """The random numbers of one training forward of `batch_size` images."""
         return {}
 
+    @property
+    def latent_scale(self) -> LatentScale | None:
+        """Of continuous tokens, which are latents times its factor; None: they have no scale of their own."""
+        quantizer = getattr(self, "quantizer", None)
+        return quantizer.scale if isinstance(quantizer, GaussianQuantizer) else None
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether an image has a distribution of tokens, of which generators learn samples: by `moments_of`."""
+        return False
+
+    def moments_of(self, images: Tensor) -> Tensor:
+        """Means and log-variances (b, n, 2·d) of the posteriors of images' latents, means first, not scaled.
+
+        Inference mode. `sample` makes tokens of them, with new noise as often as wanted. Raises ValueError for
+        tokenizers that have no posterior.
+        """
+        raise ValueError(f"{type(self).__name__} has no posterior; `encode` gives its tokens")
+
+    def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tokens:
+        """Tokens of posteriors (b, n, 2·d), scaled, float32. noise: (b, n, d) standard normal; None: their means."""
+        scale = self.latent_scale
+        latents = GaussianQuantizer.sample(moments, noise)
+        return Tokens.full(latents if scale is None else latents * scale.factor)
+
+    def scaled(self, quantized: Quantized) -> Tokens:
+        """What the bottleneck gave as tokens: continuous ones are scaled, by `latent_scale`."""
+        scale = self.latent_scale
+        latents = quantized.latents if scale is None else quantized.latents * scale.factor
+        return Tokens.full(latents, quantized.indices)
+
     def check_images(self, images: Tensor) -> None:
         """Raises ValueError unless images are (b, 3, image_size, image_size) of a float dtype."""
         side = self.spec.image_size
@@ -106,13 +138,16 @@ class Tokenizer(Model):
         return tokens.lengths
 
     def tokens_to_latents(self, tokens: Tokens) -> Tensor:
-        """Latents (b, n, d): looked up where there are indices. Raises ValueError for tokens of another model."""
+        """Latents (b, n, d) for a decoder: looked up where there are indices, else brought back to their own scale.
+
+        Raises ValueError for tokens of another model.
+        """
         if tokens.indices is not None and self.spec.kind == "discrete":
             return self.quantizer.lookup(tokens.indices)
         if tokens.latents is None or tokens.latents.shape[1:] != (self.spec.length, self.spec.dim):
             shape = None if tokens.latents is None else tuple(tokens.latents.shape)
             raise ValueError(f"tokens.latents of shape {shape}: expected (b, {self.spec.length}, {self.spec.dim})")
-        return tokens.latents
+        return tokens.latents if self.latent_scale is None else tokens.latents / self.latent_scale.factor
 
     def card(self) -> tuple[str, str, list[str]]:
         side, text = self.spec.image_size, "" if self.spec.condition == "none" else ", text=states"

@@ -1,8 +1,10 @@
-"""The convolutional VAE of latent diffusion (Rombach et al. 2021, arXiv:2112.10752): FlexTok's stage 0, f8.
+"""The convolutional VAE of latent diffusion (Rombach et al. 2021, arXiv:2112.10752).
 
 image (b, 3, h, w) -> residual convolutions, halved at every level but the last -> Gaussian (b, c, h / f, w / f)
--> residual convolutions, doubled at every level but the last -> image. Attention in the middle of both.
-The network is diffusers' AutoencoderKL; its published weights fit (smalti/published/flextok.py).
+-> residual convolutions, doubled at every level but the last -> image. Attention in the middle of both, and after the
+residual blocks of the levels that are named: KL-16 of MAR (Li et al. 2024, arXiv:2406.11838), f16 with 16 channels, has
+it at the encoder's last level and not in the decoder. FlexTok's stage 0 is f8 without.
+The network is diffusers' AutoencoderKL; published weights fit (smalti/published/klvae.py, flextok.py).
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ class KLVAE(VAE):
 
     latent_channels: c; FlexTok has VAEs of 4, 8 and 16. block_out_channels: width of each level, finest first.
     layers_per_block: residual blocks of a level (one more in the decoder). norm_num_groups: of every group norm.
+    encoder_attention, decoder_attention: levels, 0 the finest, whose residual blocks are each followed by attention of
+    one head. Published code names them by their side at 256 px: 16 is level 4. They do not depend on image_size.
     scaling_factor, sample_posterior: see `VAE`; published models give theirs.
     """
 
@@ -31,6 +35,8 @@ class KLVAE(VAE):
         block_out_channels: Sequence[int] = (128, 256, 512, 512),
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
+        encoder_attention: Sequence[int] = (),
+        decoder_attention: Sequence[int] = (),
         scaling_factor: float | None = None,
         sample_posterior: bool = True,
     ) -> None:
@@ -43,6 +49,10 @@ class KLVAE(VAE):
                     f"block_out_channels={list(block_out_channels)}: {width} is not a multiple of "
                     f"norm_num_groups={norm_num_groups}"
                 )
+        for name, attended in (("encoder_attention", encoder_attention), ("decoder_attention", decoder_attention)):
+            for level in attended:
+                if not 0 <= level < levels:
+                    raise ValueError(f"{name}={list(attended)}: {level} is no level; they are 0 to {levels - 1}")
         super().__init__(
             image_size=image_size,
             factor=2 ** (levels - 1),
@@ -51,8 +61,14 @@ class KLVAE(VAE):
             sample_posterior=sample_posterior,
         )
         self.autoencoder = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
+            down_block_types=tuple(
+                "AttnDownEncoderBlock2D" if level in encoder_attention else "DownEncoderBlock2D"
+                for level in range(levels)
+            ),
+            up_block_types=tuple(
+                "AttnUpDecoderBlock2D" if level in decoder_attention else "UpDecoderBlock2D"
+                for level in reversed(range(levels))
+            ),
             block_out_channels=tuple(block_out_channels),
             layers_per_block=layers_per_block,
             latent_channels=latent_channels,

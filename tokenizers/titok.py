@@ -28,6 +28,7 @@ from smalti.layers.transformer import Transformer
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 from smalti.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder
 from smalti.tokenizers.quantizers.base import Draws, Quantized, Quantizer
+from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.regularizers import Regularizer, kept_mask
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
@@ -173,11 +174,22 @@ class TiTok(Tokenizer):
     def encode(self, images: Tensor, *, draws: Draws | None = None) -> Tokens:
         """images: (b, 3, image_size, image_size) float in [0, 1].
 
-        A VAE gives the mean of its posterior; with `draws` (as made by `draw`) a sample, as the published code does.
+        A VAE gives the mean of its posterior; with `draws` (as made by `draw`) a sample, as the published code does;
+        times the quantizer's scale.
         """
         self.check_images(images)
-        quantized = self._quantize(images, draws)
-        return Tokens.full(quantized.latents, quantized.indices)
+        return self.scaled(self._quantize(images, draws))
+
+    @property
+    def has_posterior(self) -> bool:
+        return isinstance(self.quantizer, GaussianQuantizer)
+
+    @torch.inference_mode()
+    def moments_of(self, images: Tensor) -> Tensor:
+        if not self.has_posterior:
+            return super().moments_of(images)
+        self.check_images(images)
+        return self._features(images)
 
     @torch.inference_mode()
     def decode(self, tokens: Tokens, *, seed: int = 0, text: Tensor | None = None) -> Tensor:
@@ -236,11 +248,14 @@ class TiTok(Tokenizer):
 
     def _quantize(self, images: Tensor, draws: Draws | None) -> Quantized:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            latents = self.encoder(images.to(self.latent_tokens.dtype), self.latent_tokens)
-            quantized = self.quantizer(latents, draws)
+            quantized = self.quantizer(self._features(images), draws)
         if self.freeze_encoder:  # nothing left to train: no loss terms
             return Quantized(quantized.latents, quantized.indices, {}, quantized.statistics)
         return quantized
+
+    def _features(self, images: Tensor) -> Tensor:
+        """What is quantised, (b, n, d), of a Gaussian bottleneck 2·d."""
+        return self.encoder(images.to(self.latent_tokens.dtype), self.latent_tokens)
 
     def _decode(
         self, latents: Tensor, text: Tensor | None, lengths: Tensor | None = None

@@ -10,50 +10,19 @@ from abc import abstractmethod
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
-from smalti.tokenizers.quantizers.base import Draws, Quantized
-from smalti.tokenizers.quantizers.kl import GaussianQuantizer
+from smalti.tokenizers.quantizers.base import Draws
+from smalti.tokenizers.quantizers.kl import GaussianQuantizer, LatentScale
 from smalti.tokenizers.spec import Tokens, TokenSpec
-
-
-class LatentScale(nn.Module):
-    """Latents to a standard deviation of about 1, and back.
-
-    factor: what latents are multiplied by; None: 1 over the standard deviation of all their values, which training
-    forwards measure (a running mean over some hundred batches) and checkpoints keep.
-    """
-
-    variance: Tensor
-    batches: Tensor
-
-    def __init__(self, factor: float | None) -> None:
-        super().__init__()
-        if factor is not None and factor <= 0:
-            raise ValueError(f"scaling_factor={factor} is not positive; use null to measure it in training")
-        self.given = factor
-        if factor is None:
-            self.register_buffer("variance", torch.ones(()))
-            self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-
-    @property
-    def factor(self) -> float | Tensor:
-        return self.variance.rsqrt() if self.given is None else self.given
-
-    @torch.no_grad()
-    def measure(self, latents: Tensor) -> None:
-        """Take note of the latents of a training batch, not scaled."""
-        if self.given is None:
-            self.batches += 1
-            self.variance.lerp_(latents.float().var(), (1 / self.batches).clamp(min=0.01))
 
 
 class VAE(Tokenizer):
     """A continuous tokenizer with a grid of tokens. A method gives `moments` and `pixels`.
 
-    scaling_factor: of `LatentScale`. sample_posterior: whether `encode` with draws takes a sample of the posterior, as
-    the published FlexTok does; without draws it always gives the mean.
+    scaling_factor: of `LatentScale`. sample_posterior: whether `encode` with draws, and who trains on its tokens, takes
+    a sample of the posterior, as the published FlexTok and MAR do; without draws `encode` always gives the mean.
     """
 
     quantizer: GaussianQuantizer
@@ -83,22 +52,33 @@ class VAE(Tokenizer):
     def pixels(self, latents: Tensor) -> Tensor:
         """Images (b, 3, f·h, f·w) in about [0, 1] of latents (b, c, h, w) that are not scaled."""
 
+    @property
+    def latent_scale(self) -> LatentScale:
+        return self.scale
+
+    @property
+    def has_posterior(self) -> bool:
+        return self.sample_posterior
+
     @torch.inference_mode()
     def encode(self, images: Tensor, *, draws: Draws | None = None) -> Tokens:
         """images: (b, 3, image_size, image_size) float in [0, 1]. Latents are scaled, tokens row-major."""
-        self.check_images(images)
-        quantized = self._posterior(images, draws if self.sample_posterior else None)
-        return Tokens.full(quantized.latents * self.scale.factor)
+        moments = self._token_moments(images)
+        quantized = self.quantizer(moments, draws if self.sample_posterior else None)
+        return self.scaled(quantized)
 
     @torch.inference_mode()
     def decode(self, tokens: Tokens, *, seed: int = 0) -> Tensor:
         """Images (b, 3, h, w) in [0, 1] of scaled latents. Draws nothing: no `seed` used."""
-        return self._pixels(self.tokens_to_latents(tokens) / self.scale.factor).clamp(0, 1)
+        return self._pixels(self.tokens_to_latents(tokens)).clamp(0, 1)
+
+    @torch.inference_mode()
+    def moments_of(self, images: Tensor) -> Tensor:
+        return self._token_moments(images)
 
     def forward(self, images: Tensor, draws: Draws | None = None) -> TokenizerOutput:
         """A sample of the posterior with draws. quantized.latents are not scaled."""
-        self.check_images(images)
-        quantized = self._posterior(images, draws)
+        quantized = self.quantizer(self._token_moments(images), draws)
         if self.training and torch.is_grad_enabled():
             self.scale.measure(quantized.latents)
         return TokenizerOutput(quantized, reconstruction=self._pixels(quantized.latents))
@@ -106,8 +86,10 @@ class VAE(Tokenizer):
     def draw(self, batch_size: int, generator: torch.Generator) -> Draws:
         return self.quantizer.draw(batch_size, self.spec.length, generator)
 
-    def _posterior(self, images: Tensor, draws: Draws | None) -> Quantized:
-        return self.quantizer(rearrange(self.moments(images), "b d h w -> b (h w) d"), draws)
+    def _token_moments(self, images: Tensor) -> Tensor:
+        """(b, n, 2·c) of images, checked."""
+        self.check_images(images)
+        return rearrange(self.moments(images), "b d h w -> b (h w) d")
 
     def _pixels(self, latents: Tensor) -> Tensor:
         assert self.spec.grid is not None

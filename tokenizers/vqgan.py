@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from smalti.layers.convolution import group_norm
 from smalti.tokenizers.base import Tokenizer, TokenizerOutput
 from smalti.tokenizers.quantizers.base import Draws, Quantizer
+from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
 
@@ -84,10 +85,20 @@ class VQGAN(Tokenizer):
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tokens:
-        """images: (b, 3, h, w) float in [0, 1]. Tokens are row-major; a Gaussian bottleneck gives its mean."""
+        """images: (b, 3, h, w) float in [0, 1]. Tokens are row-major; a Gaussian bottleneck gives its mean, scaled."""
         self.check_images(images)
-        quantized = self.quantizer(rearrange(self.features(images), "b d h w -> b (h w) d"))
-        return Tokens.full(quantized.latents, quantized.indices)
+        return self.scaled(self.quantizer(rearrange(self.features(images), "b d h w -> b (h w) d")))
+
+    @property
+    def has_posterior(self) -> bool:
+        return isinstance(self.quantizer, GaussianQuantizer)
+
+    @torch.inference_mode()
+    def moments_of(self, images: Tensor) -> Tensor:
+        if not self.has_posterior:
+            return super().moments_of(images)
+        self.check_images(images)
+        return rearrange(self.features(images), "b d h w -> b (h w) d")
 
     @torch.inference_mode()
     def decode(self, tokens: Tokens, *, seed: int = 0) -> Tensor:

@@ -1,6 +1,7 @@
-"""Between what the figures of samples lie: a tokenizer's reconstructions of real images, and its uniform random tokens.
+"""Between what the figures of samples lie: a tokenizer's reconstructions of real images, and its random tokens.
 
-A generator's tokens are decoded by the same tokenizer as the first; the second knows nothing.
+A generator's tokens are decoded by the same tokenizer as the first; the second knows nothing: uniform indices, or
+standard normal latents where tokens are continuous.
 """
 
 from __future__ import annotations
@@ -40,18 +41,27 @@ class Bounds:
                 x = torch.nn.functional.interpolate(x, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
             yield self._decoded(self._prefix(self.tokenizer.encode(x)), numbers)
 
+    @property
+    def random_name(self) -> str:
+        """What the tokens of `random` are, for the names of figures."""
+        return "uniform_tokens" if self.tokenizer.spec.kind == "discrete" else "standard_normal_latents"
+
     @torch.inference_mode()
-    def uniform(self, ranges: Sequence[range]) -> Iterator[Tensor]:
-        """uint8 (b, 3, h, w) of uniform random indices; those of a number are drawn from (seed, number) alone."""
-        spec = self.tokenizer.spec
-        shape = (spec.length,) if spec.depth == 1 else (spec.length, spec.depth)
-        assert spec.codebook_size is not None
+    def random(self, ranges: Sequence[range]) -> Iterator[Tensor]:
+        """uint8 (b, 3, h, w) of random tokens; those of a number are drawn from (seed, number) alone."""
         for numbers in ranges:
-            drawn = [
-                torch.randint(spec.codebook_size, shape, generator=draws_of("uniform", self.seed, n)) for n in numbers
-            ]
-            tokens = Tokens.full(None, torch.stack(drawn).to(self.device))  # as a generator gives them
+            drawn = torch.stack([self._drawn(number) for number in numbers]).to(self.device)
+            discrete = self.tokenizer.spec.kind == "discrete"
+            tokens = Tokens.full(None, drawn) if discrete else Tokens.full(drawn)  # as a generator gives them
             yield self._decoded(self._prefix(tokens), numbers)
+
+    def _drawn(self, number: int) -> Tensor:
+        """Indices (n,) or (n, q), or latents (n, d) of the scale that tokens have."""
+        spec = self.tokenizer.spec
+        if spec.codebook_size is None:
+            return torch.randn(spec.length, spec.dim, generator=draws_of("normal", self.seed, number))
+        shape = (spec.length,) if spec.depth == 1 else (spec.length, spec.depth)
+        return torch.randint(spec.codebook_size, shape, generator=draws_of("uniform", self.seed, number))
 
     def _prefix(self, tokens: Tokens) -> Tokens:
         if self.length is None:

@@ -47,6 +47,7 @@ OF_SAMPLES = {
     "classifier_frechet_distance_real": f"the same of real images that are not the reference, {_DISTANCE}",
     "classifier_frechet_distance_reconstructions": f"the same of the tokenizer's reconstructions of these, {_DISTANCE}",
     "classifier_frechet_distance_uniform_tokens": f"the same of uniform random tokens, decoded, {_DISTANCE}",
+    "classifier_frechet_distance_standard_normal_latents": f"the same of random latents, decoded, {_DISTANCE}",
 }
 
 

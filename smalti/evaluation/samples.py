@@ -269,7 +269,7 @@ def _by_adm(run: Measurement, real: Seen, fake: Seen, reference: Reference) -> d
 
 
 def _bounds(run: Measurement, sampler: Sampler | None, network: FeatureExtractor, count: int) -> dict[str, Seen]:
-    """What the distance of samples lies between: other real images, their reconstructions, uniform tokens."""
+    """What the distance of samples lies between: other real images, their reconstructions, random tokens."""
     cfg, data = run.cfg, run.data
     if (asked := count if cfg["bounds"] is None else cfg["bounds"]) == 0:
         return {}
@@ -286,12 +286,9 @@ def _bounds(run: Measurement, sampler: Sampler | None, network: FeatureExtractor
         return found
     bounds = Bounds(tokenizer, run.device, length=cfg["length"], size=run.size, seed=cfg["seed"])
     passes: dict[str, tuple[int, Batches]] = {
-        "_reconstructions": (there, lambda ranges: bounds.reconstructions(ranges, images(ranges)))
+        "_reconstructions": (there, lambda ranges: bounds.reconstructions(ranges, images(ranges))),
+        f"_{bounds.random_name}": (asked, bounds.random),
     }
-    if tokenizer.spec.kind == "discrete":
-        passes["_uniform_tokens"] = (asked, bounds.uniform)
-    else:
-        run.left_out[f"{CLASSIFIED}_uniform_tokens"] = "continuous tokens have no uniform ones"
     for name, (number, batches) in passes.items():
         found[name] = run.look(Seen(number, None, network), batches, name[1:].replace("_", " "))
     return found

@@ -19,7 +19,7 @@ from smalti import exports
 from smalti.errors import UserError
 from smalti.instantiate import instantiate
 from smalti.model import Model
-from smalti.published import flextok, flextok_ar, llamagen, mar, maskgit, onedpiece, rar, titok
+from smalti.published import flextok, flextok_ar, klvae, llamagen, mar, maskgit, onedpiece, rar, titok
 from smalti.registry import build
 from smalti.tokenizers.flextok import FlexTok
 from smalti.training import checkpoint as checkpoints
@@ -28,6 +28,7 @@ SOURCES: dict[str, Callable[[str, str | None], Model]] = {
     "titok": titok.convert,
     "onedpiece": onedpiece.convert,
     "flextok": flextok.convert,
+    "klvae": klvae.convert,
     "maskgit": maskgit.convert,
     "rar": rar.convert,
     "mar": mar.convert,

@@ -17,6 +17,10 @@ from torch import Tensor
 
 from smalti.errors import UserError
 
+_WEIGHTS = (  # diffusers' names last
+    "model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+)  # fmt: skip
+
 
 def weights_file(checkpoint: Path) -> Path:
     """The file itself, that of a hub folder, or that of a published training's folder, of its averaged weights."""
@@ -26,12 +30,10 @@ def weights_file(checkpoint: Path) -> Path:
         raise UserError(f"checkpoint={checkpoint} does not exist; give a published file or folder")
     # Averaged weights first: 1d-tokenizer's training writes its live ones under the plain name beside them.
     for folder in ("ema_model", "", "unwrapped_model"):
-        for name in ("model.safetensors", "pytorch_model.bin"):
+        for name in _WEIGHTS:
             if (file := checkpoint / folder / name).is_file():
                 return file
-    raise UserError(
-        f"checkpoint={checkpoint} holds neither model.safetensors nor pytorch_model.bin; give the file itself"
-    )
+    raise UserError(f"checkpoint={checkpoint} holds none of {', '.join(_WEIGHTS)}; give the file itself")
 
 
 def read_weights(file: Path, roots: Sequence[str] = ("state_dict", "model")) -> dict[str, Tensor]:

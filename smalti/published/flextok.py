@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from smalti.errors import UserError
 from smalti.layers.positions import SinCosPositions
+from smalti.published.klvae import sizes_of
 from smalti.published.regularizers import nested_dropout
 from smalti.settings import read_settings
 from smalti.tokenizers.base import Tokenizer
@@ -379,7 +380,7 @@ def convert(
     model: Tokenizer
     try:
         if any(".module_dict." in name for name in state):
-            base = {**_vae_sizes(state, "vae.vae."), **(vae_base or {})}
+            base = {**sizes_of(state, "vae.vae."), **(vae_base or {})}
             model, names = build_tokenizer(settings, base)
         else:
             model, names = _vae_alone(state, settings, vae_base or {})
@@ -408,24 +409,9 @@ def _vae_alone(state: State, config: Mapping[str, Any], vae_base: Mapping[str, A
         some = ", ".join(sorted(state)[:3])
         raise UserError(f"checkpoint is neither a FlexTok nor its VAE: its names are {some}, …; check the file")
     told = {key: config[key] for key in (*VAE_BASE, "scaling_factor") if config.get(key) is not None}
-    base = {**VAE_BASE, **told, **_vae_sizes(state, prefix), **vae_base}
+    base = {**VAE_BASE, **told, **sizes_of(state, prefix), **vae_base}
     wrapper = config["vae"] if isinstance(config.get("vae"), Mapping) else config
     return build_vae(wrapper, base, VAE_IMAGE_SIZE), Names({"autoencoder.": prefix}, ())
-
-
-def _vae_sizes(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """What names and shapes of an AutoencoderKL's weights show of its sizes."""
-    down = f"{prefix}encoder.down_blocks."
-    blocks = {tuple(map(int, _numbers(name, down))) for name in state if name.startswith(down) and ".resnets." in name}
-    levels, layers = (1 + max((block[axis] for block in blocks), default=-1) for axis in (0, 1))
-    widths = [len(state[f"{down}{level}.resnets.0.conv2.weight"]) for level in range(levels)]
-    return {"block_out_channels": widths, "layers_per_block": layers} if blocks else {}
-
-
-def _numbers(name: str, prefix: str) -> tuple[str, str]:
-    """Level and layer in the name of a residual block's weight, "<prefix>LEVEL.resnets.LAYER.…"."""
-    level, _, layer = name.removeprefix(prefix).split(".")[:3]
-    return level, layer
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -74,7 +74,7 @@ def published_name(name: str) -> str:
 
 def to_published(model: Tokenizer) -> State:
     """The weights of a model of ours under published names and in published shapes."""
-    state = {published_name(name): tensor for name, tensor in model.state_dict().items()}
+    state = {published_name(name): tensor for name, tensor in _weights(model).items()}
     if isinstance(model, TiTok):
         for name in filter(_CONVOLUTIONS.fullmatch, list(state)):
             state[name] = state[name][:, :, None, None]
@@ -95,7 +95,12 @@ def load_published(model: Tokenizer, state: Mapping[str, Tensor]) -> None:
                 f"{ours or 'missing'} in the model; give the config that belongs to this checkpoint"
             )
     own = model.state_dict()
-    model.load_state_dict({our_name(name): state[name].reshape(own[our_name(name)].shape) for name in given})
+    values = {our_name(name): state[name].reshape(own[our_name(name)].shape) for name in given}
+    model.load_state_dict({**own, **values})  # own: the scale of a VAE's latents, which no published file has
+
+
+def _weights(model: Tokenizer) -> State:
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("quantizer.scale.")}
 
 
 def build_tokenizer(
@@ -204,7 +209,7 @@ def convert(
 def _quantizer(model: Mapping[str, Any], legacy: bool) -> Quantizer:
     mode = model.get("quantize_mode", "vq")
     if mode == "vae":
-        return GaussianQuantizer(dim=model["token_size"])
+        return GaussianQuantizer(dim=model["token_size"], scaling_factor=None)  # to be measured: no weights tell it
     if mode != "vq":
         raise UserError(f"model.vq_model.quantize_mode={mode} is not known; use vq or vae")
     return VectorQuantizer(

@@ -13,7 +13,9 @@ from smalti.registry import describe
 from smalti.text import TextEncoder
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.quantizers.base import Draws
+from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.spec import Tokens
+from smalti.training.draws import generator as generator_of
 from smalti.training.ema import EMAConfig
 from smalti.training.module import StepOutput, TrainingModule
 from smalti.training.optim import OptimConfig
@@ -22,11 +24,14 @@ from smalti.training.optim import OptimConfig
 class GeneratorModule(TrainingModule):
     """A generator and, where `ema` says so, its moving average; further arguments as of `TrainingModule`.
 
-    tokenizer: frozen; encodes images in the loop, and validation decodes with it. A batch has `image` (b, 3, h, w),
-    uint8 or float in [0, 1], or `indices` (b, n) or (b, n, q) or `latents` (b, n, d), which then must be this
-    tokenizer's; and any of `label` (b,) (-1: none), `features` (b, l, c) with `mask` (b, l) or `caption`, b texts,
-    and `weight` (b,), how much each sample counts, for generators whose forward takes it. text_encoder: frozen; makes
-    features of captions in the loop.
+    tokenizer: frozen; encodes images in the loop, and validation decodes with it. text_encoder: frozen; makes features
+    of captions in the loop. latent_scale: what samples of `moments` are multiplied by, as the tokenizer that gave them
+    does.
+
+    A batch has `image` (b, 3, h, w), uint8 or float in [0, 1], or what the tokenizer makes of it: `indices` (b, n) or
+    (b, n, q), `moments` (b, n, 2·d) of a posterior, not scaled, or `latents` (b, n, d), scaled; and any of `label` (b,)
+    (-1: none), `features` (b, l, c) with `mask` (b, l) or `caption`, b texts, and `weight` (b,), how much each sample
+    counts, for generators whose forward takes it.
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class GeneratorModule(TrainingModule):
         *,
         tokenizer: Tokenizer | None = None,
         text_encoder: TextEncoder | None = None,
+        latent_scale: float = 1.0,
         max_steps: int,
         ema: EMAConfig | None = None,
         accumulate: int = 1,
@@ -53,7 +59,7 @@ class GeneratorModule(TrainingModule):
             nan_limit=nan_limit,
             compile=compile,
         )
-        self.generator = generator
+        self.generator, self.latent_scale = generator, latent_scale
         self.tokenizer = None if tokenizer is None else tokenizer.eval().requires_grad_(False)
         self.text_encoder = text_encoder
 
@@ -105,7 +111,7 @@ class GeneratorModule(TrainingModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, StepOutput]:
         step, micro, last = self.begin()
-        tokens = self.tokens_of(batch)
+        tokens = self.tokens_of(batch, generator_of("posterior", self.seed, step, self.global_rank, micro))
         weight = {"weight": batch["weight"]} if "weight" in batch else {}
         output = self.generator(tokens, self.condition_of(batch), self.draws(len(tokens), step, micro), **weight)
         counted = {name: value.float().mean() for name, value in weight.items()}
@@ -129,17 +135,28 @@ class GeneratorModule(TrainingModule):
         )
 
     @torch.no_grad()
-    def tokens_of(self, batch: dict[str, Any]) -> Tokens:
-        """A batch's tokens, or its images by the tokenizer, in float32: the tokens that `encode.py` writes."""
+    def tokens_of(self, batch: dict[str, Any], posterior: torch.Generator | None = None) -> Tokens:
+        """A batch's tokens, or its images by the tokenizer, in float32: the tokens that `encode.py` writes.
+
+        posterior: on the CPU, draws the noise of tokens that have a distribution, the same for images and for their
+        moments in token shards; without, they are its means.
+        """
         if "latents" in batch:
             return Tokens.full(batch["latents"])
         if "indices" in batch:
             return Tokens.full(None, batch["indices"].long())
+        if "moments" in batch:
+            moments = batch["moments"]
+            return Tokens.full(GaussianQuantizer.sample(moments, _noise(moments, posterior)) * self.latent_scale)
         if self.tokenizer is None:
             raise ValueError("a batch of images needs a tokenizer")
         images: Tensor = batch["image"]
+        images = images if images.is_floating_point() else images.float() / 255
         with torch.autocast(self.device.type, enabled=False):
-            made = self.tokenizer.encode(images if images.is_floating_point() else images.float() / 255)
+            if self.tokenizer.has_posterior:
+                moments = self.tokenizer.moments_of(images).clone()  # see below
+                return self.tokenizer.sample(moments, _noise(moments, posterior))
+            made = self.tokenizer.encode(images)
         # Cloned: tensors that were made in inference mode cannot take part in a backward.
         return Tokens.full(made.values.clone()) if made.indices is None else Tokens.full(None, made.indices.clone())
 
@@ -150,3 +167,11 @@ class GeneratorModule(TrainingModule):
         if "features" not in batch and self.text_encoder is not None:
             return self.text_encoder.encode(batch["caption"])
         return Condition(features=batch.get("features"), mask=batch.get("mask"))
+
+
+def _noise(moments: Tensor, posterior: torch.Generator | None) -> Tensor | None:
+    """Standard normal (b, n, d) for moments (b, n, 2·d)."""
+    if posterior is None:
+        return None
+    shape = (*moments.shape[:-1], moments.shape[-1] // 2)
+    return torch.randn(shape, generator=posterior).to(moments.device, non_blocking=True)

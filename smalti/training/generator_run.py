@@ -19,6 +19,7 @@ from smalti.evaluation.run import load_tokenizer
 from smalti.exports import absolute
 from smalti.generators.base import Generator
 from smalti.instantiate import instantiate
+from smalti.latents import check_scale
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.spec import TokenSpec
 from smalti.training.callbacks.generation import Samples, ValidationLoss
@@ -34,12 +35,14 @@ SAMPLES = 16  # in a picture
 
 @dataclass(frozen=True)
 class Source:
-    """Where tokens come from. origin: path (None: unknown) and fingerprint of the tokenizer, for exports."""
+    """Where tokens come from. origin: path (None: unknown) and fingerprint of the tokenizer, for exports. latent_scale:
+    of moments in token shards."""
 
     spec: TokenSpec
     data: DataModule
     tokenizer: Tokenizer | None
     origin: dict[str, Any]
+    latent_scale: float = 1.0
 
 
 def prepare(config: DictConfig, settings: dict[str, Any], share: dict[str, int]) -> Prepared:
@@ -59,6 +62,7 @@ def prepare(config: DictConfig, settings: dict[str, Any], share: dict[str, int])
         OptimConfig(**settings["optimizer"]),
         tokenizer=source.tokenizer,
         text_encoder=None if texts is None else texts.encoder,
+        latent_scale=source.latent_scale,
         max_steps=trainer["max_steps"],
         ema=None if settings["ema"] is None else EMAConfig(**settings["ema"]),
         accumulate=share["accumulate"],
@@ -94,6 +98,7 @@ def open_source(config: DictConfig, share: Mapping[str, int]) -> Source:
     data.check(**share)
     if data.tokens is None:
         assert tokenizer is not None
+        check_scale(tokenizer, "tokenizer_path", path)
         return Source(tokenizer.spec, data, tokenizer, {"path": absolute(path), "fingerprint": tokenizer.fingerprint()})
     theirs = data.tokens["tokenizer"]
     if tokenizer is not None and (own := tokenizer.fingerprint()) != theirs["fingerprint"]:
@@ -103,7 +108,8 @@ def open_source(config: DictConfig, share: Mapping[str, int]) -> Source:
         )
     where = theirs.get("path") if path is None else absolute(path)
     spec = TokenSpec.from_dict(theirs["spec"])
-    return Source(spec, data, tokenizer, {"path": where, "fingerprint": theirs["fingerprint"]})
+    origin, statistics = {"path": where, "fingerprint": theirs["fingerprint"]}, data.tokens.get("statistics", {})
+    return Source(spec, data, tokenizer, origin, statistics.get("scale_factor", 1.0))
 
 
 def build_data(config: DictConfig, spec: TokenSpec | None) -> DataModule:

@@ -28,6 +28,7 @@ _FREE = {"image_size", "num_latent_tokens", "init", "freeze_encoder", "dropout"}
 _FREE |= {f"quantizer.{name}" for name in ("commitment_weight", "codebook_weight", "ema_decay", "restart_after")}
 _FREE |= {f"quantizer.{name}" for name in ("entropy_weight", "entropy_temperature", "entropy_eps", "init")}
 _FREE |= {f"quantizer.{name}" for name in ("drop_probability", "corrupt_probability", "corrupt_share")}
+_FREE |= {"scaling_factor", "quantizer.scaling_factor", "sample_posterior"}
 _FREE |= {"null_dropout", "activation_checkpointing", "vae.image_size", "vae.sample_posterior"}
 _FREE_SECTIONS = {"regularizer", "noise", "sampling", "repa"}
 _GRIDS = ("encoder.positional_embedding", "decoder.positional_embedding")

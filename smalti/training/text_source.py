@@ -64,7 +64,7 @@ def _of_shards(data: DataModule, name: str | None) -> TextSource:
     if theirs is None:
         raise UserError(
             f"data.path={data.path} has no text features, which this generator learns from; encode the images with "
-            "text_encoder=NAME, or leave generator.text_dim out"
+            "text_encoder=NAME, or set generator.text_dim=null"
         )
     origin = dict(theirs)
     if name is not None:

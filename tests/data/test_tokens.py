@@ -173,3 +173,81 @@ def test_an_index_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_whoever_needs_images_refuses_tokens(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has token shards, but images are needed"):
         DataModule(path=str(write(tmp_path / "tokens")), batch_size=8).need_images()
+
+
+CONTINUOUS = TokenSpec("continuous", length=5, dim=2, image_size=8)
+STATISTICS = {"scale_factor": 0.5, "measured_scale_factor": 0.5, "count": 1, "mean": [0.0, 0.0], "std": [2.0, 2.0]}
+
+
+def write_latents(folder: Path, kind: str = "moments", dtype: str = "float16", **about: Any) -> Path:
+    """Token shards of 20 samples of continuous tokens, two views each: view v is v + the sample's number throughout."""
+    folder.mkdir(parents=True)
+    width = {"moments": 4, "latents": 2}[kind]
+    rows = (
+        {"__key__": f"{n:04d}", "npy": npy(np.full((2, 5, width), [[[n]], [[n + 0.5]]], dtype=dtype)), "cls": n % 3}
+        for n in range(20)
+    )
+    entry = write_shard(folder / "tokens-000000.tar", rows)
+    tokenizer = {"fingerprint": "f" * 32, "spec": CONTINUOUS.to_dict()}
+    latents = {"kind": kind, "dtype": dtype}
+    index = {**ABOUT, "tokenizer": tokenizer, "latents": latents, "statistics": STATISTICS, **about}
+    write_index(folder, [entry], ["a", "b", "c"], **{name: value for name, value in index.items() if value is not None})
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("kind", "width"), [("moments", 4), ("latents", 2)])
+def test_continuous_tokens_come_as_floats_of_one_view(tmp_path: Path, kind: str, width: int, dtype: str) -> None:
+    data = DataModule(path=str(write_latents(tmp_path / "tokens", kind, dtype)), batch_size=8, workers=0)
+    views = set()
+    for batch in data.train_loader(0, total=8):
+        values = batch[kind]
+        assert values.dtype == torch.float32 and values.shape == (8, 5, width)
+        for key, value in zip(batch["key"], values, strict=True):
+            view = float(value[0, 0]) - int(key)
+            assert (value == value[0, 0]).all() and view in (0, 0.5)
+            views.add(view)
+    assert views == {0, 0.5}
+    for batch in data.validation_loader():
+        assert batch[kind][:, 0, 0].tolist() == [int(key) for key in batch["key"]]
+    assert data.tokens is not None and data.tokens["statistics"]["scale_factor"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        (
+            {"statistics": None},
+            r"index\.json has no statistics of its latents \(scale_factor\): nobody knows",
+        ),
+        ({"statistics": {**STATISTICS, "scale_factor": 0.0}}, "has no statistics of its latents"),
+        ({"latents": None}, r"index\.json is damaged, or of a newer smalti"),
+        ({"latents": {"kind": "moments", "dtype": "float8"}}, "is damaged, or of a newer smalti"),
+        (
+            {"latents": {"kind": "latents", "dtype": "float16"}},
+            r"an array of float16 \(2, 5, 4\), but index\.json",
+        ),
+    ],
+)
+def test_continuous_tokens_without_statistics_or_of_another_form_are_refused(
+    tmp_path: Path, about: dict[str, Any], said: str
+) -> None:
+    folder = write_latents(tmp_path / "tokens", **about)
+    with pytest.raises(UserError, match=said):
+        DataModule(path=str(folder), batch_size=8, workers=0).check()
+
+
+def test_latents_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    folder = write_latents(tmp_path / "tokens")
+    rows = [{"__key__": f"{n}", "npy": npy(np.full((2, 5, 4), np.nan, np.float16))} for n in range(20)]
+    index = json.loads((folder / "index.json").read_text())
+    index["shardlist"] = [write_shard(folder / "tokens-000000.tar", rows)]
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"cannot be decoded: moments that are not finite numbers"):
+        DataModule(path=str(folder), batch_size=8, workers=0).check()
+
+
+def test_training_and_validation_latents_are_stored_alike(tmp_path: Path) -> None:
+    train, other = (write_latents(tmp_path / dtype, dtype=dtype) for dtype in ("float16", "float32"))
+    with pytest.raises(UserError, match=r"differs from .* in latents: .*float32.* against .*float16"):
+        DataModule(path=str(train), val_path=str(other), batch_size=8).check()

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tiny_models import SIDE, Cosines, tiny_titok
 from torch import Tensor
-from toy_generator import ToyGenerator
+from toy_generator import ToyGenerator, ToyLatents
 
 from smalti.errors import UserError
 from smalti.evaluation import samples
@@ -31,6 +31,7 @@ from smalti.generation import load_sampler as load
 from smalti.generators.base import Generator
 from smalti.generators.gpt import GPT
 from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DISTANCE = "classifier_frechet_distance"
@@ -115,6 +116,18 @@ def test_the_distance_of_a_classifier_orders_real_reconstructed_and_uniform(meas
     assert found[""] > found["_reconstructions"]  # a generator that learned nothing
     assert report["protocol"]["bounds"] == {"real": 200, "reconstructions": 200, "uniform_tokens": 200}
     assert report["protocol"]["classifier"]["accuracy"] > 0.8
+
+
+def test_a_bound_of_continuous_tokens_is_standard_normal_latents(measure: Any, tmp_path: Path) -> None:
+    tokenizer = tiny_titok(quantizer=GaussianQuantizer(dim=4))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    origin = {"path": str(tmp_path / "tokenizer"), "fingerprint": tokenizer.fingerprint()}
+    toy = ToyLatents(tokens=tokenizer.spec.to_dict(), num_classes=2)
+    toy.save_pretrained(tmp_path / "generator", metadata={"tokenizer": origin})
+    report = measure(f"model_path={tmp_path / 'generator'}", "samples=20", "bounds=8")
+    assert report["protocol"]["bounds"] == {"real": 8, "reconstructions": 8, "standard_normal_latents": 8}
+    assert f"{DISTANCE}_standard_normal_latents" in report["figures"]
+    assert "random latents, decoded" in (tmp_path / "out" / "metrics.md").read_text()
 
 
 def test_it_writes_figures_a_table_and_a_picture_and_says_what_they_are_not(

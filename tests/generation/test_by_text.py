@@ -214,7 +214,7 @@ ON_IMAGES = ["data.path=PLACE/images", "tokenizer_path=PLACE/tokenizer", "text_e
 REFUSED = [
     (["data.path=PLACE/images", "tokenizer_path=PLACE/tokenizer"], "text_encoder is required: a frozen one of tran"),
     (["experiment=gpt", "generator.text_dim=auto", *ON_IMAGES[:2]], "text_encoder is required: this generator"),
-    (["data.path=PLACE/classes"], "has no text features, which this generator learns from; encode the images with"),
+    (["data.path=PLACE/classes"], "has no text features, which this generator learns from; encode the images"),
     (["data.path=PLACE/silent", *ON_IMAGES[1:]], r"the training images of .*silent have no captions; give shards"),
     ([*ON_IMAGES, "generator.text_dim=16"], r"generator\.text_dim=16, but text_encoder=.* has features of 8 chan"),
     (["data.path=PLACE/tokens", "generator.text_dim=16"], r"text_dim=16, but data\.path=.* has features of 8"),

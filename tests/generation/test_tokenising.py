@@ -24,7 +24,6 @@ from smalti.data.shards import verify, write_shards
 from smalti.data.tokens import TokenSource
 from smalti.errors import UserError
 from smalti.tokenizers.base import Tokenizer
-from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +177,7 @@ def test_another_tokenizer_other_views_and_foreign_shards_are_refused(
         encode(images, model, images)
 
 
-def test_continuous_tokens_and_tokens_themselves_are_refused(tmp_path: Path, images: Path, model: Path) -> None:
-    tiny_titok(quantizer=GaussianQuantizer(dim=4)).save_pretrained(tmp_path / "continuous")
-    with pytest.raises(UserError, match="gives continuous tokens, which token shards do not hold"):
-        encode(images, tmp_path / "continuous", tmp_path / "tokens")
+def test_tokens_themselves_are_refused(tmp_path: Path, images: Path, model: Path) -> None:
     encode(images, model, tmp_path / "tokens")
     with pytest.raises(UserError, match="has token shards, but images are needed"):
         encode(tmp_path / "tokens", model, tmp_path / "again")

@@ -1,4 +1,5 @@
-"""The smallest generator: each token from its class and place alone; with draws, dropout and a buffer to lose."""
+"""The smallest generators: each token from its class and place alone. Of indices, with draws, dropout and a buffer to
+lose; and of latents."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from smalti.generators.base import Condition, Generator, GeneratorOutput, accept_codes
+from smalti.generators.base import Condition, Generator, GeneratorOutput, accept_codes, refuse
 from smalti.generators.decoding.choice import inverse_cdf, uniforms
 from smalti.registry import register
 from smalti.tokenizers.quantizers.base import Draws
@@ -92,4 +93,46 @@ class ToyGenerator(Generator):
         return Tokens.full(None, torch.cat([indices, padding], dim=1)).prefix(k)
 
 
+class ToyLatents(Generator):
+    """Latents (b, n, d), each standard normal around a mean for its class and place."""
+
+    def __init__(self, *, tokens: TokenSpec | Mapping[str, Any], num_classes: int | None = None) -> None:
+        super().__init__(tokens)
+        self.num_classes = num_classes
+        self.means = nn.Embedding((num_classes or 0) + 1, self.spec.length * self.spec.dim)
+
+    @classmethod
+    def accepts(cls, spec: TokenSpec) -> None:
+        if spec.kind != "continuous":
+            raise refuse("ToyLatents", spec, "it predicts latents", "use a tokenizer with quantizer=kl")
+
+    def mean(self, labels: Tensor | None, b: int) -> Tensor:
+        null = self.num_classes or 0
+        labels = torch.full((b,), -1, device=self.means.weight.device) if labels is None else labels
+        return self.means(labels.where(labels >= 0, null)).unflatten(-1, (self.spec.length, self.spec.dim))
+
+    def forward(self, tokens: Tokens, condition: Condition, draws: Draws) -> GeneratorOutput:
+        assert tokens.latents is not None
+        return GeneratorOutput({"l2": (tokens.latents - self.mean(condition.labels, len(tokens))).square().mean()})
+
+    def draw(self, batch_size: int, generator: torch.Generator, *, step: int) -> Draws:
+        return {}
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        condition: Condition,
+        *,
+        seeds: Tensor,
+        length: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> Tokens:
+        self.check_condition(condition)
+        k = self.check_length(length)
+        u = uniforms(seeds, (self.spec.length, self.spec.dim), "latent")
+        mean = self.mean(condition.labels, len(seeds))
+        return Tokens.full(mean + torch.special.ndtri(u.clamp(min=1e-12)).to(mean)).prefix(k)
+
+
 register("toy_generator", ToyGenerator)
+register("toy_latents", ToyLatents)

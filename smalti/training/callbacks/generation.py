@@ -44,7 +44,7 @@ class ValidationLoss(pl.Callback):
             batch = trainer.strategy.batch_to_device(batch, module.device)
             key = ("validate", module.seed, number * trainer.world_size + trainer.global_rank)
             with trainer.precision_plugin.forward_context():
-                tokens = module.tokens_of(batch)
+                tokens = module.tokens_of(batch, generator("posterior", *key))
                 made = module.averaged.draw(len(tokens), generator(*key), step=module.step)
                 draws = {name: value.to(module.device) for name, value in made.items()}
                 weight = {"weight": batch["weight"]} if "weight" in batch else {}
