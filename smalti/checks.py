@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from smalti.errors import UserError, did_you_mean
 
 # Published code bases that export.py converts.
-SOURCES = ("titok", "onedpiece", "flextok", "klvae", "maskgit", "rar", "mar", "llamagen", "flextok_ar")
+SOURCES = ("titok", "onedpiece", "flextok", "klvae", "maskgit", "rar", "mar", "tokenbridge", "llamagen", "flextok_ar")
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"}
 MOST_IN_A_PICTURE = 1024  # of generate.py
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -29,7 +29,7 @@ POSITIVE = {  # whole numbers ≥ 1 (each, in a list)
     "heads", "patch_size", "channels", "channel_mult", "num_res_blocks", "hidden_channels", "num_stages", "num_layers",
     "length", "z_channels", "norm_groups", "size", "text_length", "text_dim", "max_steps", "batch_size", "every",
     "images", "pictures", "baseline_images", "length_images", "num", "rescale", "samples", "classifier_steps",
-    "accumulate", "num_nodes", "nan_limit",
+    "accumulate", "num_nodes", "nan_limit", "bits",
 }  # fmt: skip
 NOT_NEGATIVE = {  # numbers ≥ 0
     "num_classes", "bounds", "lr", "discriminator_lr", "end_lr", "weight_decay", "warmup_steps", "workers", "seed",
@@ -243,17 +243,30 @@ def _check_tokenising(values: Mapping[str, Any]) -> None:
 
 
 def check_export_request(config: DictConfig) -> None:
-    """Either `run=` or `source= checkpoint=`, and a folder to write that holds nothing yet."""
+    """One of `run=`, `source= checkpoint=` and `bridge=`, and a folder to write that holds nothing yet."""
     values = _plain(config)
-    run, source, checkpoint = values["run"], values["source"], values["checkpoint"]
-    if run is None and source is None:
-        raise UserError("nothing to export: give run=RUNDIR, or source=titok checkpoint=FILE")
-    if run is not None:
-        for key in ("source", "checkpoint", "config"):
-            if values[key] is not None:
-                raise UserError(f"run={run} and {key}={values[key]} exclude each other; give either run=, or source=")
-        _check_run(run)
+    _check_values(values)
+    run, source, checkpoint, bridge = (values[key] for key in ("run", "source", "checkpoint", "bridge"))
+    if run is None and source is None and bridge is None:
+        raise UserError(
+            "nothing to export: give run=RUNDIR, or source=titok checkpoint=FILE, or bridge=DIR, a continuous tokenizer"
+        )
+    of_source = ("source", "checkpoint", "config")
+    for key, others in (("run", (*of_source, "bridge")), ("bridge", of_source)):
+        for other in others:
+            if values[key] is not None and values[other] is not None:
+                raise UserError(
+                    f"{key}={values[key]} and {other}={values[other]} exclude each other; give either {key}=, or "
+                    f"{'bridge' if other == 'bridge' else 'source'}="
+                )
+    if bridge is None:
+        _check_no_bridging(values)
     else:
+        check_export("bridge", bridge)
+        check_data(values["data"])
+    if run is not None:
+        _check_run(run)
+    elif source is not None:
         if source not in SOURCES:
             raise UserError(f"source={source} is unknown{_choose(source, SOURCES)}")
         if checkpoint is None:
@@ -266,6 +279,16 @@ def check_export_request(config: DictConfig) -> None:
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"output={output} is not empty; name a new folder, or remove it first")
     check_folder("output", values["output"])
+
+
+def _check_no_bridging(values: Mapping[str, Any]) -> None:
+    """Nothing that is of `bridge=` alone."""
+    alone = {"bits": 6, "fit": True, "order": "data", "images": 1024}
+    for key, default in alone.items():
+        if values[key] != default:
+            raise UserError(f"{key}={_show(values[key])} is of bridge=DIR, a continuous tokenizer; leave it out")
+    if values["data"]["path"] is not None:
+        raise UserError(f"data.path={_show(values['data']['path'])} is of bridge=DIR; leave it out")
 
 
 def check_data(data: Any) -> None:

@@ -32,7 +32,7 @@ HIDDEN_GROUPS = "overlay/"  # picked by the primary config itself, from the scal
 FREE = ("sampling", "decoding")  # sections whose keys the loaded model knows, and no config
 PATHS = (
     "output", "run", "init_path", "teacher_path", "tokenizer_path", "vae_path", "model_path", "checkpoint", "config",
-    "image", "decode", "picture", "samples_path", "data.path", "data.val_path", "data.cache", "lpips_weights",
+    "bridge", "image", "decode", "picture", "samples_path", "data.path", "data.val_path", "data.cache", "lpips_weights",
     "inception_weights", "text_encoder", "prompts_file",
 )  # fmt: skip
 
@@ -58,6 +58,10 @@ OPTIONAL: dict[str, tuple[type, ...]] = {
     "size": (int,),
     "ema": (dict,),
     "source": (str,),
+    "order": (str, list),
+    "bridging": (dict,),
+    "bridging.order": (str, list),
+    "bridging.images": (int,),
     "images": (int,),
     "rescale": (int,),
     "samples": (int,),

@@ -226,6 +226,17 @@ def tokenizer_of(generator: Generator, model_path: str, given: str | None, teach
                 f"tokenizer_path={path} has {theirs.words()}, but model_path={model_path} writes {mine.words()}; give "
                 "the tokenizer that it was trained with"
             )
+    if (mine.levels, mine.order) != (theirs.levels, theirs.order):
+        what = "levels" if mine.levels != theirs.levels else f"order={list(theirs.order or ())}"
+        need = (
+            "export.py bridge=DIR fit=false"
+            if what == "levels"
+            else f"export.py bridge=DIR order={list(mine.order or ())}"
+        )
+        raise UserError(
+            f"tokenizer_path={path} was bridged with other {what} than model_path={model_path} was trained with; give "
+            f"that one, or make it: {need}"
+        )
     return tokenizer
 
 

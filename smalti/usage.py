@@ -55,6 +55,7 @@ EXAMPLES = {
     "export": {
         "python export.py run=runs/titok/tiny output=models/mine": "a run of train.py, from its averaged weights",
         "python export.py source=titok checkpoint=FILE output=DIR": "a published file",
+        "python export.py bridge=KL_EXPORT output=DIR data.path=DIR": "a continuous tokenizer, made discrete",
     },
 }
 FLAGS = {

@@ -226,6 +226,29 @@ def mar(width: int, depth: int, heads: int, head_depth: int, head_width: int, gu
     }  # fmt: skip
 
 
+TOKENBRIDGE = {  # mar-tokenbridge fact sheet (YuqingWang1029/TokenBridge@3ede281), section 7: MAR's loop, other numbers
+    "data.resize": None, "data.crop": "adm", "data.flip": True, "data.batch_size": 2048, "bridging.bits": 6,
+    "optimizer.lr": 5e-5 * 2048 / 256, "optimizer.betas": [0.9, 0.95], "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.02, "optimizer.no_decay": [], "optimizer.schedule": "cosine", "optimizer.end_lr": 0.0,
+    "optimizer.warmup_steps": 100 * 625, "optimizer.clip": 3.0, "ema.decay": 0.9999, "ema.constant": True,
+    "trainer.precision": "bf16-mixed", "generator.buffer": 64, "generator.dropout": 0.1,
+    "generator.attention_dropout": 0.1, "generator.label_dropout": 0.1, "generator.mask_ratio_min": 0.7,
+    "generator.head_heads": 8, "generator.sampling.iterations": 256, "generator.sampling.guidance_schedule": "linear",
+    "generator.sampling.shifted_start": False, "requires.tokenizer_path.experiment": "klvae_kl16",
+}  # fmt: skip
+
+
+def tokenbridge(
+    width: int, depth: int, heads: int, head: tuple[int, int], epochs: int, guidance: float, temperature: float
+) -> dict[str, Any]:
+    """A published size of TokenBridge's: section 7.3."""
+    return {
+        **TOKENBRIDGE, "trainer.max_steps": epochs * 625, "generator.width": width, "generator.depth": depth,
+        "generator.heads": heads, "generator.head_width": head[0], "generator.head_depth": head[1],
+        "generator.sampling.guidance": guidance, "generator.sampling.temperature": temperature,
+    }  # fmt: skip
+
+
 GENERATORS = {
     "gpt": gpt(768, 12, 12, 256, 1e-4, 2.0, 256),
     "gpt_l": gpt(1024, 24, 16, 256, 1e-4, 1.75, 256),
@@ -261,6 +284,9 @@ GENERATORS = {
         **mar(1024, 16, 16, 3, 1024, 3.0), "trainer.max_steps": 400 * 625, "generator.attention": "causal",
         "generator.order": "raster", "generator.sampling.iterations": None,
     },
+    "tokenbridge": tokenbridge(768, 12, 12, (768, 4), 400, 3.1, 0.96),  # L's training and sampling: none is published
+    "tokenbridge_l": tokenbridge(1024, 16, 16, (1024, 4), 400, 3.1, 0.96),
+    "tokenbridge_h": tokenbridge(1280, 20, 16, (1024, 6), 800, 3.45, 0.91),
 }  # fmt: skip
 KL16 = {
     "block_out_channels": [128, 128, 256, 256, 512], "layers_per_block": 2, "norm_num_groups": 32,

@@ -20,6 +20,8 @@ class TokenSpec:
     dim: d, channels of one latent token. grid: (h, w) of raster-ordered tokens, None for 1-D ones.
     prefix_decodable: whether the first k tokens alone can be decoded. image_size: side in pixels.
     condition: what `decode` needs beside tokens, "none" or "text".
+    levels: (v,) the numbers that codes stand for where each of a token's q = d codes is one channel, brought to mean 0
+    and deviation 1 (BridgedTokenizer), and order: (q,) which channel each is; None: codes are anything else.
     """
 
     kind: str
@@ -31,6 +33,8 @@ class TokenSpec:
     grid: tuple[int, int] | None = None
     prefix_decodable: bool = False
     condition: str = "none"
+    levels: tuple[float, ...] | None = None
+    order: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("discrete", "continuous"):
@@ -43,17 +47,26 @@ class TokenSpec:
             object.__setattr__(self, "grid", tuple(self.grid))
             if math.prod(self.grid) != self.length:
                 raise ValueError(f"grid={self.grid} does not hold length={self.length} tokens")
+        if self.levels is not None:
+            object.__setattr__(self, "levels", tuple(self.levels))
+            object.__setattr__(self, "order", tuple(range(self.dim) if self.order is None else self.order))
+            if len(self.levels) != self.codebook_size or not self.depth == self.dim == len(self.order or ()):
+                raise ValueError(
+                    f"{len(self.levels)} levels of codebook_size={self.codebook_size}, depth={self.depth} of "
+                    f"dim={self.dim}, order={self.order}: give one level a code, and one code a channel"
+                )
 
     @property
     def bits(self) -> float | None:
         """Bits a token: q · log2 v for discrete tokens, None for continuous ones."""
         return None if self.codebook_size is None else self.depth * math.log2(self.codebook_size)
 
-    def words(self) -> str:
-        """Number and kind of the tokens, for messages."""
+    def words(self, length: int | None = None) -> str:
+        """Number (None: all) and kind of the tokens, for messages."""
+        length = self.length if length is None else length
         if self.codebook_size is None:
-            return f"{self.length} continuous tokens of {self.dim} channels"
-        return f"{self.length} tokens of {'' if self.depth == 1 else f'{self.depth} × '}{self.codebook_size:,} codes"
+            return f"{length} continuous tokens of {self.dim} channels"
+        return f"{length} tokens of {'' if self.depth == 1 else f'{self.depth} × '}{self.codebook_size:,} codes"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `TokenSpec.from_dict` reads them back."""

@@ -95,25 +95,27 @@ class Mean(Sums):
 
 
 class CodebookStatistics(Sums):
-    """How often each code was used, over all tokens of all images."""
+    """How often each code was used, over all tokens of all images; each of a token's `depth` codes is counted apart."""
 
-    def __init__(self, codebook_size: int) -> None:
-        super().__init__(counts=(codebook_size,))
+    def __init__(self, codebook_size: int, depth: int = 1) -> None:
+        super().__init__(counts=(depth, codebook_size))
 
     def update(self, indices: Tensor) -> None:
-        """indices: int64 in [0, v), any shape."""
-        counts = self.sums["counts"]
-        self.add(counts=torch.bincount(indices.detach().cpu().flatten(), minlength=len(counts)))
+        """indices: int64 in [0, v), any shape; the last dimension is q where depth is q > 1."""
+        depth, size = self.sums["counts"].shape
+        places = indices.detach().cpu().reshape(-1, depth) + size * torch.arange(depth)
+        self.add(counts=torch.bincount(places.flatten(), minlength=depth * size).view(depth, size))
 
     def compute(self) -> dict[str, float]:
-        """codebook_usage: distinct codes seen / v. codebook_entropy: bits a token, as published.
-        codebook_perplexity: the number of equally frequent codes of the same (exact) entropy."""
+        """codebook_usage: distinct codes seen / v. codebook_entropy: bits a code, as published.
+        codebook_perplexity: the number of equally frequent codes of the same (exact) entropy. Means over a token's
+        codes, of the exact entropy for the last."""
         counts = self.sums["counts"]
-        p = counts / counts.sum()
-        exact = -torch.xlogy(p, p).sum()
+        p = counts / counts.sum(1, keepdim=True)
+        exact = -torch.xlogy(p, p).sum(1).mean()
         return {
             "codebook_usage": (counts > 0).double().mean().item(),
-            "codebook_entropy": -(p * torch.log2(p + ENTROPY_EPS)).sum().item(),
+            "codebook_entropy": -(p * torch.log2(p + ENTROPY_EPS)).sum(1).mean().item(),
             "codebook_perplexity": exact.exp().item(),
         }
 
@@ -216,7 +218,8 @@ class FeatureExtractor(Protocol):
 class ReconstructionMetrics:
     """All figures of one pass over images and their reconstructions.
 
-    codebook_size: v, None for continuous tokens. lpips: distances (b,) between two batches (b, 3, h, w) in [0, 1].
+    codebook_size: v, None for continuous tokens; depth: q, codes a token. lpips: distances (b,) between two batches
+    (b, 3, h, w) in [0, 1].
     inception: for rFID and the Inception Score. What needs a network that is not given is left out.
     beside: figures of other reconstructions of the same images, updated and merged in step with these: Inception then
     sees the images themselves once.
@@ -226,13 +229,14 @@ class ReconstructionMetrics:
         self,
         codebook_size: int | None = None,
         *,
+        depth: int = 1,
         lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
         inception: FeatureExtractor | None = None,
         beside: ReconstructionMetrics | None = None,
     ) -> None:
         self.lpips, self.inception = lpips, inception
         self.psnr, self.ssim, self.distance = Mean(), Mean(), Mean()
-        self.codebook = None if codebook_size is None else CodebookStatistics(codebook_size)
+        self.codebook = None if codebook_size is None else CodebookStatistics(codebook_size, depth)
         width, classes = (inception.width, inception.classes) if inception else (0, 0)
         self.beside = beside
         self.real: FeatureMoments = FeatureMoments(width) if beside is None else beside.real
@@ -245,7 +249,8 @@ class ReconstructionMetrics:
 
     @torch.no_grad()
     def update(self, images: Tensor, reconstructions: Tensor, indices: Tensor | None = None) -> None:
-        """images, reconstructions: (b, 3, h, w), meant for [0, 1]. indices: any shape, None for continuous tokens."""
+        """images, reconstructions: (b, 3, h, w), meant for [0, 1]. indices: (b, n) or (b, n, q), None for
+        continuous tokens."""
         images, reconstructions = to_8_bit(images), to_8_bit(reconstructions)
         self.psnr.update(psnr(images, reconstructions))
         self.ssim.update(ssim(images, reconstructions))

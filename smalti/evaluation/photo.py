@@ -21,6 +21,7 @@ from smalti.evaluation.metrics import psnr, ssim
 from smalti.evaluation.protocol import describe_model, preprocessing
 from smalti.evaluation.sampling import describe_sampling
 from smalti.tokenizers.base import Tokenizer
+from smalti.tokenizers.spec import TokenSpec
 from smalti.training.draws import seed_of
 
 
@@ -105,7 +106,7 @@ def reconstruct_photo(
     content = {**report, "spec": spec.to_dict(), name: values[0].tolist()}
     files["tokens"].write_text(json.dumps(content) + "\n", encoding="utf-8")
 
-    print(f"{path.name}, {photo.pixels[0]} × {photo.pixels[1]}: {_in_words(report, length, spec.codebook_size)}")
+    print(f"{path.name}, {photo.pixels[0]} × {photo.pixels[1]}: {_in_words(report, length, spec)}")
     print(f"  PSNR {report['psnr']:.2f} dB, SSIM {report['ssim']:.4f} against its middle at {size} × {size}")
     for row in report.get("by_length", []):
         taken = "" if row["bytes"] is None else f", {row['bytes']:,} bytes"
@@ -128,10 +129,10 @@ def _size_of(length: int, bits: float | None) -> str:
     return f"{length} tokens" if bits is None else f"{length} tokens, {bits:,.0f} bits"
 
 
-def _in_words(report: Mapping[str, Any], length: int, codebook_size: int | None) -> str:
-    if codebook_size is None:
+def _in_words(report: Mapping[str, Any], length: int, spec: TokenSpec) -> str:
+    if spec.codebook_size is None:
         return f"{length} continuous tokens"
     return (
-        f"{length} tokens of {codebook_size:,} codes = {report['bits']:,.0f} bits = {report['bytes']:,} bytes, "
+        f"{spec.words(length)} = {report['bits']:,.0f} bits = {report['bytes']:,} bytes, "
         f"{report['bits_per_pixel']:.3f} bits a pixel (the file has {report['bytes_of_the_file']:,} bytes)"
     )

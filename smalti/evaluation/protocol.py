@@ -24,7 +24,7 @@ HOW = {
     "same crop; lower is better; biased by the number of images, so compare equal numbers",
     "inception_score": "of the reconstructions, no splits",
     "codebook_usage": "distinct codes over all tokens of these images, divided by the codebook's size",
-    "codebook_entropy": "bits a token over these images",
+    "codebook_entropy": "bits a code over these images",
     "codebook_perplexity": "the number of equally frequent codes with the same entropy",
     "tokens": "tokens an image",
     "bits_per_image": "tokens × log2 of the codebook's size: codes of fixed length",

@@ -98,7 +98,7 @@ def measure(
     for k in reversed(lengths):
         longest = metrics.get(lengths[-1])
         counted = spec.codebook_size if longest is None else None
-        metrics[k] = ReconstructionMetrics(counted, lpips=lpips, inception=inception, beside=longest)
+        metrics[k] = ReconstructionMetrics(counted, depth=spec.depth, lpips=lpips, inception=inception, beside=longest)
     mine = list(enumerate(batches))[rank::world_size]
     starts = np.cumsum([0, *(len(batch.samples) for batch in batches)]).tolist()
     loader = DataLoader(

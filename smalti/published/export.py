@@ -2,6 +2,7 @@
 
 python export.py run=runs/titok/tiny output=DIR                the averaged weights of its newest good checkpoint
 python export.py source=titok checkpoint=FILE output=DIR       a published file (smalti/published/<source>.py)
+python export.py bridge=KL_EXPORT output=DIR                   a continuous tokenizer made discrete (smalti/bridging.py)
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from smalti import exports
+from smalti.bridging import bridging_of
 from smalti.errors import UserError
+from smalti.evaluation.processes import processes
+from smalti.evaluation.run import data_of_size, load_tokenizer
 from smalti.instantiate import instantiate
+from smalti.latents import check_scale
 from smalti.model import Model
-from smalti.published import flextok, flextok_ar, klvae, llamagen, mar, maskgit, onedpiece, rar, titok
+from smalti.published import flextok, flextok_ar, klvae, llamagen, mar, maskgit, onedpiece, rar, titok, tokenbridge
 from smalti.registry import build
 from smalti.tokenizers.flextok import FlexTok
 from smalti.training import checkpoint as checkpoints
@@ -32,6 +37,7 @@ SOURCES: dict[str, Callable[[str, str | None], Model]] = {
     "maskgit": maskgit.convert,
     "rar": rar.convert,
     "mar": mar.convert,
+    "tokenbridge": tokenbridge.convert,
     "llamagen": llamagen.convert,
     "flextok_ar": flextok_ar.convert,
 }
@@ -42,6 +48,8 @@ def export(config: DictConfig) -> Path:
     model: Model
     if config.run is not None:
         model = from_run(Path(config.run))
+    elif config.bridge is not None:
+        model = from_continuous(config)
     else:
         model = SOURCES[config.source](config.checkpoint, config.config)
     output = Path(config.output)
@@ -77,6 +85,19 @@ def from_run(run: Path) -> Model:
         if (text := saved["generator"].get("text_encoder")) is not None:
             model.metadata["text_encoder"] = text
     return model.eval()
+
+
+def from_continuous(config: DictConfig) -> Model:
+    """The tokenizer that `config.bridge` names with discrete tokens, as `config` says."""
+    cfg: Any = OmegaConf.to_container(config, resolve=True)
+    bridging = bridging_of(cfg)
+    with processes(cfg["device"]) as (_, _, device):
+        tokenizer = load_tokenizer(cfg["bridge"], None, key="bridge")
+        bridging.spec(tokenizer.spec, f"bridge={cfg['bridge']}")
+        if not bridging.fit:
+            check_scale(tokenizer, "bridge", cfg["bridge"])
+        data = data_of_size(tokenizer.spec.image_size, cfg, f"bridge={cfg['bridge']}")
+        return bridging(tokenizer, cfg["bridge"], data, device, seed=cfg["seed"])
 
 
 def _load(model: Model, weights: dict[str, torch.Tensor], file: Path) -> None:

@@ -167,18 +167,39 @@ def infer(state: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None
     config["class_num"] = shapes["class_emb.weight"][0]
     config["vae_embed_dim"] = shapes["z_proj.weight"][1] // p**2
     for part, size in (("encoder", width), ("decoder", out)):
-        if size not in HEADS:
-            known = ", ".join(map(str, HEADS))
-            raise UserError(
-                f"checkpoint has a width of {size}, whose number of heads is not known (known widths: {known}); give "
-                "config=FILE with encoder_num_heads and the other arguments of the published constructor"
-            )
         depth = count(shapes, rf"{part}_blocks\.(\d+)\.")
-        config |= {f"{part}_embed_dim": size, f"{part}_depth": depth, f"{part}_num_heads": HEADS[size]}
+        config |= {f"{part}_embed_dim": size, f"{part}_depth": depth, f"{part}_num_heads": heads_of(size)}
     config["diffloss_w"] = shapes["diffloss.net.input_proj.weight"][0]
     config["diffloss_d"] = count(shapes, r"diffloss\.net\.res_blocks\.(\d+)\.")
     trained = ("mask_ratio_min", "label_drop_prob", "attn_dropout", "proj_dropout", "diffusion_batch_mul")
     return config | {name: settings[name] for name in (*trained, "num_sampling_steps") if name in settings}
+
+
+def heads_of(width: int) -> int:
+    """Of a published body. Raises UserError for a width that none has."""
+    if width not in HEADS:
+        known = ", ".join(map(str, HEADS))
+        raise UserError(
+            f"checkpoint has a width of {width}, whose number of heads is not known (known widths: {known}); give "
+            "config=FILE with encoder_num_heads and the other arguments of the published constructor"
+        )
+    return HEADS[width]
+
+
+def read_checkpoint(checkpoint: str | Path, weights: str) -> tuple[Path, State, dict[str, Any]]:
+    """The file (also of the folder of a checkpoint-last.pth), its weights of that name, and the settings in it, if any.
+
+    Raises UserError for what is not there.
+    """
+    file = Path(checkpoint).expanduser()
+    file = file / "checkpoint-last.pth" if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"checkpoint={file} does not exist; give a published checkpoint-last.pth, or its folder")
+    content = read_content(file)
+    if weights not in content and any(name in content for name in ("model", "model_ema")):
+        raise UserError(f"checkpoint={file} holds no {weights}; it has {', '.join(sorted(content))}")
+    args = content.get("args")
+    return file, tensors_of(content, file, (weights,)), vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
 def convert(checkpoint: str | Path, config: str | Path | None = None, *, weights: str = "model_ema") -> MAR:
@@ -188,16 +209,7 @@ def convert(checkpoint: str | Path, config: str | Path | None = None, *, weights
     run). config: a .json or .yaml of the published constructor's arguments; None: read off the weights. weights: which
     of those in the file, "model_ema" or "model". Raises UserError with one line.
     """
-    file = Path(checkpoint).expanduser()
-    file = file / "checkpoint-last.pth" if file.is_dir() else file
-    if not file.is_file():
-        raise UserError(f"checkpoint={file} does not exist; give a published checkpoint-last.pth, or its folder")
-    content = read_content(file)
-    if weights not in content and any(name in content for name in ("model", "model_ema")):
-        raise UserError(f"checkpoint={file} holds no {weights}; it has {', '.join(sorted(content))}")
-    state = tensors_of(content, file, (weights,))
-    args = content.get("args")
-    said = vars(args) if isinstance(args, argparse.Namespace) else {}
+    file, state, said = read_checkpoint(checkpoint, weights)
     settings = infer(state, said) if config is None else read_config(Path(config))
     n = state["diffusion_pos_embed_learned"].shape[1] if "diffusion_pos_embed_learned" in state else 1
     name, fid, score, guidance = _RESULTS.get(settings.get("encoder_embed_dim", 0), ("MAR", None, None, 2.9))

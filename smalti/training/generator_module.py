@@ -15,6 +15,7 @@ from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.quantizers.kl import GaussianQuantizer
 from smalti.tokenizers.spec import Tokens
+from smalti.tokenizers.tokenbridge import BridgedTokenizer
 from smalti.training.draws import generator as generator_of
 from smalti.training.ema import EMAConfig
 from smalti.training.module import StepOutput, TrainingModule
@@ -29,9 +30,9 @@ class GeneratorModule(TrainingModule):
     does.
 
     A batch has `image` (b, 3, h, w), uint8 or float in [0, 1], or what the tokenizer makes of it: `indices` (b, n) or
-    (b, n, q), `moments` (b, n, 2·d) of a posterior, not scaled, or `latents` (b, n, d), scaled; and any of `label` (b,)
-    (-1: none), `features` (b, l, c) with `mask` (b, l) or `caption`, b texts, and `weight` (b,), how much each sample
-    counts, for generators whose forward takes it.
+    (b, n, q), `moments` (b, n, 2·d) of a posterior, not scaled, or `latents` (b, n, d), scaled (a bridged tokenizer
+    makes codes of both); and any of `label` (b,) (-1: none), `features` (b, l, c) with `mask` (b, l) or `caption`, b
+    texts, and `weight` (b,), how much each sample counts, for generators whose forward takes it.
     """
 
     def __init__(
@@ -141,13 +142,17 @@ class GeneratorModule(TrainingModule):
         posterior: on the CPU, draws the noise of tokens that have a distribution, the same for images and for their
         moments in token shards; without, they are its means.
         """
+        bridged = self.tokenizer if isinstance(self.tokenizer, BridgedTokenizer) else None
         if "latents" in batch:
-            return Tokens.full(batch["latents"])
+            tokens = Tokens.full(batch["latents"])
+            return tokens if bridged is None else bridged.quantised(tokens)
         if "indices" in batch:
             return Tokens.full(None, batch["indices"].long())
         if "moments" in batch:
-            moments = batch["moments"]
-            return Tokens.full(GaussianQuantizer.sample(moments, _noise(moments, posterior)) * self.latent_scale)
+            moments, noise = batch["moments"], _noise(batch["moments"], posterior)
+            if bridged is not None:
+                return bridged.sample(moments, noise)
+            return Tokens.full(GaussianQuantizer.sample(moments, noise) * self.latent_scale)
         if self.tokenizer is None:
             raise ValueError("a batch of images needs a tokenizer")
         images: Tensor = batch["image"]

@@ -12,9 +12,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from smalti import runs
+from smalti.bridging import bridging_of
 from smalti.data.module import DataModule
 from smalti.data.tokens import holds_tokens
 from smalti.errors import UserError
+from smalti.evaluation.processes import processes
 from smalti.evaluation.run import load_tokenizer
 from smalti.exports import absolute
 from smalti.generators.base import Generator
@@ -22,6 +24,7 @@ from smalti.instantiate import instantiate
 from smalti.latents import check_scale
 from smalti.tokenizers.base import Tokenizer
 from smalti.tokenizers.spec import TokenSpec
+from smalti.tokenizers.tokenbridge import BridgedTokenizer
 from smalti.training.callbacks.generation import Samples, ValidationLoss
 from smalti.training.draws import seed_of
 from smalti.training.ema import EMAConfig
@@ -31,18 +34,20 @@ from smalti.training.prepared import Prepared
 from smalti.training.text_source import TextSource, open_texts
 
 SAMPLES = 16  # in a picture
+TOKENIZER = "tokenizer"  # folder of a run's, of a tokenizer that was bridged for it
 
 
 @dataclass(frozen=True)
 class Source:
     """Where tokens come from. origin: path (None: unknown) and fingerprint of the tokenizer, for exports. latent_scale:
-    of moments in token shards."""
+    of moments in token shards. made: whether the tokenizer was made for this run, and is to be kept in its folder."""
 
     spec: TokenSpec
     data: DataModule
     tokenizer: Tokenizer | None
     origin: dict[str, Any]
     latent_scale: float = 1.0
+    made: bool = False
 
 
 def prepare(config: DictConfig, settings: dict[str, Any], share: dict[str, int]) -> Prepared:
@@ -82,7 +87,9 @@ def prepare(config: DictConfig, settings: dict[str, Any], share: dict[str, int])
         pictures = [] if source.tokenizer is None else [Samples(SAMPLES, Path(config.run) / "images", every, shown)]
         return [ValidationLoss(batches, every), *pictures]
 
-    return Prepared(module, source.data, measuring, None if source.tokenizer is None else "samples")
+    shows = None if source.tokenizer is None else "samples"
+    beside = {TOKENIZER: source.tokenizer} if source.made and source.tokenizer is not None else {}
+    return Prepared(module, source.data, measuring, shows, beside)
 
 
 def open_source(config: DictConfig, share: Mapping[str, int]) -> Source:
@@ -98,18 +105,54 @@ def open_source(config: DictConfig, share: Mapping[str, int]) -> Source:
     data.check(**share)
     if data.tokens is None:
         assert tokenizer is not None
+        if config.bridging is not None and tokenizer.spec.kind == "continuous":
+            return bridged_source(config, tokenizer, data, share)
         check_scale(tokenizer, "tokenizer_path", path)
         return Source(tokenizer.spec, data, tokenizer, {"path": absolute(path), "fingerprint": tokenizer.fingerprint()})
     theirs = data.tokens["tokenizer"]
-    if tokenizer is not None and (own := tokenizer.fingerprint()) != theirs["fingerprint"]:
+    spec = TokenSpec.from_dict(theirs["spec"])
+    bridged = isinstance(tokenizer, BridgedTokenizer) and spec.kind == "continuous"
+    maker = tokenizer.tokenizer if isinstance(tokenizer, BridgedTokenizer) and bridged else tokenizer
+    if maker is not None and (own := maker.fingerprint()) != theirs["fingerprint"]:
         raise UserError(
             f"data.path={config.data.path} has tokens of tokenizer {theirs['fingerprint'][:16]}, but "
             f"tokenizer_path={path} is {own[:16]}; give the one that made them, or encode the images with this one"
         )
+    if spec.kind == "continuous" and config.bridging is not None and not bridged:
+        if tokenizer is None:
+            raise UserError(
+                f"data.path={config.data.path} has {spec.words()}, whose codes only their tokenizer knows; give it, or "
+                "a bridged one of it, by tokenizer_path=DIR"
+            )
+        return bridged_source(config, tokenizer, data, share)
+    if bridged and tokenizer is not None:
+        return Source(tokenizer.spec, data, tokenizer, {"path": absolute(path), "fingerprint": tokenizer.fingerprint()})
     where = theirs.get("path") if path is None else absolute(path)
-    spec = TokenSpec.from_dict(theirs["spec"])
     origin, statistics = {"path": where, "fingerprint": theirs["fingerprint"]}, data.tokens.get("statistics", {})
     return Source(spec, data, tokenizer, origin, statistics.get("scale_factor", 1.0))
+
+
+def bridged_source(config: DictConfig, tokenizer: Tokenizer, data: DataModule, share: Mapping[str, int]) -> Source:
+    """The continuous tokenizer with discrete tokens as `config.bridging` says: made now, or by the run that goes on."""
+    bridging, path = bridging_of(config.bridging), config.tokenizer_path
+    key = f"tokenizer_path={path}"
+    spec, folder = bridging.spec(tokenizer.spec, key), (Path(config.run) / TOKENIZER).resolve()
+    if not bridging.fit:
+        check_scale(tokenizer, "tokenizer_path", path)
+    if (kept := folder / "config.json").is_file():
+        made: Tokenizer = BridgedTokenizer.from_pretrained(folder)
+        if made.metadata["bridged_from"]["fingerprint"] != tokenizer.fingerprint() or made.spec.bits != spec.bits:
+            raise UserError(f"{kept} was not made of {key}; give that tokenizer, or start a new run: resume=never")
+        return Source(made.spec, data, made, {"path": str(folder), "fingerprint": made.fingerprint()})
+    if share.get("world_size", 1) > 1 or runs.processes() > 1:
+        raise UserError(
+            f"{key} gives {tokenizer.spec.words()}, and several processes would each measure its levels; bridge it "
+            f"first: python export.py bridge={path} output=DIR, then tokenizer_path=DIR"
+        )
+    with processes("auto") as (_, _, device):
+        made = bridging(tokenizer, path, data, device, seed=config.seed)
+    print(f"{key} gives {tokenizer.spec.words()}: bridged to {made.spec.words()}, kept in {folder}", flush=True)
+    return Source(made.spec, data, made, {"path": str(folder), "fingerprint": made.fingerprint()}, made=True)
 
 
 def build_data(config: DictConfig, spec: TokenSpec | None) -> DataModule:
@@ -160,9 +203,11 @@ def check_before_its_tokenizer(config: DictConfig, needed: DictConfig) -> None:
     """Refuse what cannot work before the tokenizer is trained that `needed` describes."""
     if any(needed.get(key) is None for key in needed.get("requires") or {}):
         return  # it cannot be built before another run has ended
-    tokenizer = instantiate(needed.tokenizer, "tokenizer")
-    data = build_data(config, tokenizer.spec)
-    build(config, tokenizer.spec, data, open_texts(config, data))
+    spec = instantiate(needed.tokenizer, "tokenizer").spec
+    if config.bridging is not None and spec.kind == "continuous":
+        spec = bridging_of(config.bridging).spec(spec, f"experiment={needed.experiment}")
+    data = build_data(config, spec)
+    build(config, spec, data, open_texts(config, data))
 
 
 def initialise(generator: Generator, path: str) -> None:

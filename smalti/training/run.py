@@ -42,6 +42,8 @@ def train(config: DictConfig) -> dict[str, float]:
     folder = Path(config.run)
     if runs.rank() == 0:
         runs.create(config)
+        for name, model in prepared.beside.items():
+            model.save_pretrained(folder / name)
     metrics = MetricsCsv(folder / "metrics.csv", settings["logger"]["every"])
     trainer = build_trainer(
         max_steps=trainer_settings["max_steps"],

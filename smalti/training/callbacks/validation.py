@@ -46,7 +46,7 @@ class Validation(pl.Callback):
     @torch.inference_mode()
     def measure(self, trainer: pl.Trainer, module: TokenizerModule) -> dict[str, float]:
         tokenizer = module.averaged
-        metrics = ReconstructionMetrics(tokenizer.spec.codebook_size)
+        metrics = ReconstructionMetrics(tokenizer.spec.codebook_size, depth=tokenizer.spec.depth)
         by_length = {k: Mean() for k in self.lengths}
         left = len(range(trainer.global_rank, self.length_images, trainer.world_size)) if self.lengths else 0
         for number, batch in enumerate(self.batches()):
