@@ -59,6 +59,8 @@ def check_train(config: DictConfig) -> None:
     """Everything about a training run that its config alone shows."""
     values = _plain(config)
     _check_values(values)
+    if (keep := values["checkpoint"]["keep"]) < 2:
+        raise UserError(f"checkpoint.keep={keep} must be at least 2: a damaged newest one falls back to the one before")
     if values["generator"] is None:
         _check_tokenizer_run(values)
         _check_shapes(values)
@@ -377,9 +379,6 @@ def _check_values(values: Mapping[str, Any]) -> None:
         for number in value if isinstance(value, list) else [value]:
             if _is_number(number):
                 _check_number(key, name, number, _show(value))
-    if values.get("checkpoint") and values["checkpoint"]["keep"] < 2:
-        keep = values["checkpoint"]["keep"]
-        raise UserError(f"checkpoint.keep={keep} must be at least 2: a damaged newest one falls back to the one before")
 
 
 def _check_number(key: str, name: str, number: float, shown: str) -> None:
