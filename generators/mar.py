@@ -236,10 +236,6 @@ class MAR(Generator):
         label = torch.rand(batch_size, generator=generator)
         return {"order": order, "lengths": known, "label": label, **self.head.draw(rows, generator)}
 
-    @property
-    def has_null(self) -> bool:
-        return self.label_dropout > 0
-
     def iterations(self, settings: MARSampling) -> list[int]:
         """How many tokens each iteration predicts. Raises ValueError for settings that this model does not have."""
         try:
