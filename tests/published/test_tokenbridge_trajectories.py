@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from test_mar_trajectories import latents_of, optim_of
 from test_maskgit_trajectories import Record
-from test_tokenbridge import draws_of
+from test_tokenbridge_models import draws_of
 from torch import Tensor
 from torch.utils.data import DataLoader
 
