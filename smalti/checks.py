@@ -247,7 +247,6 @@ def _check_tokenising(values: Mapping[str, Any]) -> None:
 def check_export_request(config: DictConfig) -> None:
     """One of `run=`, `source= checkpoint=` and `bridge=`, and a folder to write that holds nothing yet."""
     values = _plain(config)
-    _check_values(values)
     run, source, checkpoint, bridge = (values[key] for key in ("run", "source", "checkpoint", "bridge"))
     if run is None and source is None and bridge is None:
         raise UserError(
@@ -264,6 +263,7 @@ def check_export_request(config: DictConfig) -> None:
     if bridge is None:
         _check_no_bridging(values)
     else:
+        _check_values(values)
         check_export("bridge", bridge)
         check_data(values["data"])
     if run is not None:
@@ -285,12 +285,11 @@ def check_export_request(config: DictConfig) -> None:
 
 def _check_no_bridging(values: Mapping[str, Any]) -> None:
     """Nothing that is of `bridge=` alone."""
-    alone = {"bits": 6, "fit": True, "order": "data", "images": 1024}
-    for key, default in alone.items():
-        if values[key] != default:
-            raise UserError(f"{key}={_show(values[key])} is of bridge=DIR, a continuous tokenizer; leave it out")
-    if values["data"]["path"] is not None:
-        raise UserError(f"data.path={_show(values['data']['path'])} is of bridge=DIR; leave it out")
+    given = {**values, "data.path": values["data"]["path"]}
+    alone = {"bits": 6, "fit": True, "order": "data", "images": 1024, "batch_size": 32, "device": "auto", "seed": 42}
+    for key, default in {**alone, "data.path": None}.items():
+        if given[key] != default:
+            raise UserError(f"{key}={_show(given[key])} is of bridge=DIR, a continuous tokenizer; leave it out")
 
 
 def check_data(data: Any) -> None:

@@ -225,6 +225,13 @@ BAD_LINES = [
     ("export output=out source=titok", "source=titok needs the published file: checkpoint=FILE"),
     ("export output=out source=titok checkpoint={missing}", "does not exist"),
     ("export output={full} source=titok checkpoint={file}", "is not empty; name a new folder"),
+    ("export output=out bridge={missing}", "bridge={missing} does not exist"),
+    ("export output=out bridge={export} run={run}", "exclude each other; give either run=, or bridge="),
+    ("export output=out bridge={export} source=titok", "exclude each other; give either bridge=, or source="),
+    ("export output=out bridge={export} bits=0", "bits=0 must be at least 1"),
+    ("export output=out bridge={export} data.path={empty}", "holds no images and no .tar shards"),
+    ("export output=out run={run} bits=4", "bits=4 is of bridge=DIR, a continuous tokenizer; leave it out"),
+    ("export output=out run={run} data.path={photos}", "data.path={photos} is of bridge=DIR, a continuous tokenizer"),
     # sweeps
     ("train -m experiment=titok", "-m without a key of several values"),
     ("train -m optimizer.lr=1e-4,fast", "optimizer.lr=fast is text"),
