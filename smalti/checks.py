@@ -28,7 +28,7 @@ POSITIVE = {  # whole numbers ≥ 1 (each, in a list)
     "image_size", "resize", "num_latent_tokens", "proxy_codebook_size", "codebook_size", "dim", "width", "depth",
     "heads", "patch_size", "channels", "channel_mult", "num_res_blocks", "hidden_channels", "num_stages", "num_layers",
     "length", "z_channels", "norm_groups", "size", "text_length", "text_dim", "max_steps", "batch_size", "every",
-    "images", "pictures", "baseline_images", "length_images", "num", "rescale", "samples", "classifier_steps",
+    "images", "pictures", "baseline_images", "length_images", "num", "samples", "classifier_steps",
     "accumulate", "num_nodes", "nan_limit", "bits",
 }  # fmt: skip
 NOT_NEGATIVE = {  # numbers ≥ 0
@@ -236,6 +236,8 @@ def _check_tokenising(values: Mapping[str, Any]) -> None:
     output = values["output"]
     if Path(output).suffix == ".tar":
         raise UserError(f"output={output} must be a folder, in which the shards are written")
+    if values["rescale"] is not None and values["rescale"] < 1:
+        raise UserError(f"rescale={values['rescale']} must be at least 1: images to measure the scale on")
     for key, unless in (("views", "center"), ("text_encoder", None)):
         if values["rescale"] is not None and values[key] != unless:
             raise UserError(

@@ -299,7 +299,7 @@ def test_no_pickle_is_run_by_the_converter(tmp_path: Path) -> None:
         (lambda f: torch.save({"a": torch.zeros(1)}, f), "neither a TiTok nor a MaskGIT-VQGAN"),
         (lambda f: torch.save([1, 2], f), "no dictionary of tensors"),
         (lambda f: None, "does not exist"),
-        (lambda f: f.mkdir(), "neither model.safetensors nor pytorch_model.bin"),
+        (lambda f: f.mkdir(), "holds none of model.safetensors, pytorch_model.bin"),
     ],
 )
 def test_a_file_that_is_no_published_checkpoint_is_one_line(write: Any, message: str, tmp_path: Path) -> None:
