@@ -44,6 +44,7 @@ def run_command(command: Callable[[], None]) -> NoReturn:
     """Run `command` and leave the process with its exit code; user errors become one line on stderr."""
     try:
         command()
+        sys.stdout.flush()  # here, and not at the interpreter's end, where a broken pipe could not be caught
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(error.exit_code)
