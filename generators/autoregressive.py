@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from smalti.generators.decoding import guidance
 from smalti.generators.decoding.autoregressive import Decoded, Predictor, decode
 from smalti.generators.decoding.choice import uniforms
 from smalti.generators.decoding.filters import Filters
-from smalti.settings import read_settings
+from smalti.settings import override
 from smalti.tokenizers.spec import Tokens
 
 
@@ -84,7 +84,7 @@ class AutoregressiveGenerator(Generator):
     def sample(self, condition: Condition, uniform: Tensor, *, given: Tensor | None = None, **sampling: Any) -> Decoded:
         """Sequences by uniform numbers (b, n), one for each token; given: (b, k) first tokens. sampling: settings over
         the model's own. Raises ValueError for guidance without a null condition."""
-        settings = read_settings(type(self.sampling), "sampling", {**asdict(self.sampling), **sampling})
+        settings = override(self.sampling, "sampling", sampling)
         device = next(self.parameters()).device
         b, n = uniform.shape
         scales = settings.scales(self.spec.length)[:n]

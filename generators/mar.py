@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -31,7 +31,7 @@ from smalti.generators.heads.flow import FlowHead
 from smalti.layers.attention import CausalAttention, SelfAttention, take
 from smalti.layers.cache import KVCache
 from smalti.layers.mlp import MLP
-from smalti.settings import check_choice, check_shares, check_sizes, read_settings
+from smalti.settings import check_choice, check_shares, check_sizes, override, read_settings
 from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
@@ -141,8 +141,7 @@ class MAR(Generator):
         check_choice("head", head, HEADS)
         check_sizes(patch_size=patch_size, loss_repeats=loss_repeats, head_width=head_width, head_depth=head_depth)
         check_shares(label_dropout=label_dropout)
-        if not 0 < mask_ratio_min <= 1:
-            raise ValueError(f"mask_ratio_min={mask_ratio_min} is not in (0, 1]")
+        check_mask_ratio(mask_ratio_min)
         self.num_classes, self.label_dropout = num_classes, label_dropout
         self.patch_size, self.order, self.causal = patch_size, order, attention == "causal"
         self.mask_ratio_min, self.loss_repeats = mask_ratio_min, loss_repeats
@@ -260,7 +259,7 @@ class MAR(Generator):
         `self.sampling`."""
         self.check_condition(condition)
         length = self.check_length(length)
-        settings = read_settings(MARSampling, "sampling", {**asdict(self.sampling), **(sampling or {})})
+        settings = override(self.sampling, "sampling", sampling)
         if not condition.empty:
             self.check_guidance(settings.guidance)
         device = self.class_embedding.weight.device
@@ -293,6 +292,12 @@ class MAR(Generator):
             tokens = tokens.scatter(1, places, made.view(places.shape).to(tokens))
             known += count
             yield Iteration(tokens, wanted, z, scale)
+
+
+def check_mask_ratio(mask_ratio_min: float) -> None:
+    """Raises ValueError unless it is a share of tokens, and not 0."""
+    if not 0 < mask_ratio_min <= 1:
+        raise ValueError(f"mask_ratio_min={mask_ratio_min} is not in (0, 1]")
 
 
 def draw_orders(b: int, n: int, generator: torch.Generator, order: str = "random") -> Tensor:

@@ -10,7 +10,7 @@ those of TiTok's generators (Yu et al. 2024, arXiv:2406.07550): `BertBody` of 32
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from smalti.generators.decoding.masked import MaskedDecoder, Prediction, Step, l
 from smalti.generators.decoding.schedules import SCHEDULES, random_mask, stay_masked
 from smalti.layers.attention import attend
 from smalti.layers.mlp import MLP
-from smalti.settings import check_choice, check_shares, check_sizes, read_settings
+from smalti.settings import check_choice, check_shares, check_sizes, override, read_settings
 from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
@@ -191,7 +191,7 @@ class MaskGIT(Generator):
         `MaskGITSampling`, instead of those in `self.sampling`."""
         self.check_condition(condition)
         length = self.check_length(length)
-        settings = read_settings(MaskGITSampling, "sampling", {**asdict(self.sampling), **(sampling or {})})
+        settings = override(self.sampling, "sampling", sampling)
         if not condition.empty:
             self.check_guidance(settings.guidance)
         start = torch.full((len(seeds), self.spec.length), self.v, device=self.head.weight.device)

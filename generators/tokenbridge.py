@@ -11,7 +11,7 @@ head: heads/dimensions.py. Published weights and their names: smalti/published/t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ from smalti.generators.decoding.filters import Filters
 from smalti.generators.decoding.guidance import guide, scales_by_tokens
 from smalti.generators.decoding.schedules import tokens_per_iteration
 from smalti.generators.heads.dimensions import DimensionHead
-from smalti.generators.mar import MaskedAutoencoder, draw_known, draw_orders
+from smalti.generators.mar import MaskedAutoencoder, check_mask_ratio, draw_known, draw_orders
 from smalti.layers.attention import take
-from smalti.settings import check_shares, check_sizes, read_settings
+from smalti.settings import check_shares, check_sizes, override, read_settings
 from smalti.tokenizers.quantizers.base import Draws
 from smalti.tokenizers.spec import Tokens, TokenSpec
 
@@ -116,8 +116,7 @@ class TokenBridge(Generator):
     ) -> None:
         super().__init__(tokens)
         check_shares(label_dropout=label_dropout)
-        if not 0 < mask_ratio_min <= 1:
-            raise ValueError(f"mask_ratio_min={mask_ratio_min} is not in (0, 1]")
+        check_mask_ratio(mask_ratio_min)
         levels, v = self.spec.levels, self.spec.codebook_size
         assert levels is not None and v is not None  # see `accepts`
         self.num_classes, self.label_dropout, self.mask_ratio_min = num_classes, label_dropout, mask_ratio_min
@@ -213,7 +212,7 @@ class TokenBridge(Generator):
         `self.sampling`."""
         self.check_condition(condition)
         length = self.check_length(length)
-        settings = read_settings(TokenBridgeSampling, "sampling", {**asdict(self.sampling), **(sampling or {})})
+        settings = override(self.sampling, "sampling", sampling)
         if not condition.empty:
             self.check_guidance(settings.guidance)
         device = self.class_embedding.weight.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 Settings = TypeVar("Settings")
@@ -25,6 +25,11 @@ def read_settings(cls: type[Settings], name: str, values: Mapping[str, Any]) -> 
         return cls(**given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def override(settings: Settings, name: str, values: Mapping[str, Any] | None) -> Settings:
+    """The same settings but for the given fields; raises as `read_settings` does."""
+    return read_settings(type(settings), name, {**asdict(settings), **(values or {})})  # type: ignore[call-overload]
 
 
 def check_choice(name: str, value: str, possible: Collection[str]) -> None:

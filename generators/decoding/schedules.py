@@ -53,7 +53,7 @@ def tokens_per_iteration(n: int, iterations: int) -> list[int]:
             f"iterations={iterations} for {n} tokens: each predicts one or more; use 1 to {n}, or null for {n}"
         )
     left = [n]
-    for s in range(1, iterations):
+    for s in range(1, iterations):  # not `stay_masked`, whose cosine rounds otherwise where n · cos is nearly whole
         left.append(max(1, min(left[-1] - 1, math.floor(n * math.cos(math.pi / 2 * s / iterations)))))
     return [before - after for before, after in pairwise([*left, 0])]
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from smalti.errors import UserError, did_you_mean
 from smalti.published.files import config_beside, read_config, read_weights, weights_file
-from smalti.published.names import check_shapes, count
+from smalti.published.names import check_shapes, count, renamed
 from smalti.tokenizers.klvae import KLVAE
 
 State = dict[str, Tensor]
@@ -81,8 +81,7 @@ def from_ldm(state: Mapping[str, Tensor]) -> State:
     levels = 1 + max((int(name.split(".")[2]) for name in state if name.startswith("decoder.up.")), default=0)
     ours: State = {}
     for name, tensor in state.items():
-        for theirs, mine in _LDM:
-            name = re.sub(theirs, mine, name)
+        name = renamed(name, _LDM)
         name = re.sub(r"\.up_blocks\.(\d+)\.", lambda match: f".up_blocks.{levels - 1 - int(match[1])}.", name)
         ours[name] = tensor
     return _linear(ours)
@@ -90,12 +89,7 @@ def from_ldm(state: Mapping[str, Tensor]) -> State:
 
 def from_diffusers(state: Mapping[str, Tensor]) -> State:
     """Weights in diffusers' names under ours, which are its present ones."""
-    ours: State = {}
-    for name, tensor in state.items():
-        for old, mine in _OLD:
-            name = re.sub(old, mine, name)
-        ours[name] = tensor
-    return _linear(ours)
+    return _linear({renamed(name, _OLD): tensor for name, tensor in state.items()})
 
 
 def sizes_of(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from smalti.generators.heads.diffusion import DiffusionHead
 from smalti.generators.mar import MAR
 from smalti.published import mar_head
 from smalti.published.files import read_config, read_content, tensors_of
-from smalti.published.names import check_shapes, count
+from smalti.published.names import check_shapes, count, renamed
 from smalti.published.titok import IMAGENET
 
 State = dict[str, Tensor]
@@ -49,13 +48,7 @@ _BODY = (  # ours, published; parts of names
 
 def body_names(body: nn.Module) -> dict[str, str]:
     """{our name: published name} of a masked autoencoder's weights."""
-    names = {}
-    for ours in body.state_dict():
-        theirs = ours
-        for pattern, replacement in _BODY:
-            theirs = re.sub(pattern, replacement, theirs)
-        names[ours] = theirs
-    return names
+    return {ours: renamed(ours, _BODY) for ours in body.state_dict()}
 
 
 def body_to_published(theirs: str, tensor: Tensor) -> Tensor:

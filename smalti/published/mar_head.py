@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from smalti.generators.heads.diffusion import DiffusionHead
-from smalti.published.names import check_shapes, count
+from smalti.published.names import check_shapes, count, renamed
 
 CLIPS = {"DiSA": 950, "DDIM": 980}  # DiSA's samplers that move larger timesteps there; its "default" does not
 
@@ -29,14 +28,8 @@ _NAMES = (
 
 def published_names(head: DiffusionHead) -> dict[str, str]:
     """{our name: published name}, such as net.res_blocks.0.in_ln.weight, which a whole MAR has under diffloss."""
-    names = {}
     last = f".res_blocks.{len(head.net.blocks)}.adaLN"
-    for ours in head.state_dict():
-        theirs = ours
-        for pattern, replacement in _NAMES:
-            theirs = re.sub(pattern, replacement, theirs)
-        names[ours] = theirs.replace(last, ".final_layer.adaLN")
-    return names
+    return {ours: renamed(ours, _NAMES).replace(last, ".final_layer.adaLN") for ours in head.state_dict()}
 
 
 def load_published(head: DiffusionHead, state: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,6 @@ temperature whatever the configuration says, and so does a converted model.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from smalti.errors import UserError
 from smalti.generators.maskgit import MaskGIT
 from smalti.published.files import config_beside, read_config, read_weights, weights_file
-from smalti.published.names import check_shapes, count
+from smalti.published.names import check_shapes, count, renamed
 from smalti.published.titok import IMAGENET
 
 State = dict[str, Tensor]
@@ -69,9 +68,7 @@ def published_names(model: MaskGIT) -> dict[str, tuple[str, ...]]:
     bert = model.arguments["body"] == "bert"
     names = {}
     for ours in model.state_dict():
-        theirs = ours
-        for pattern, replacement in _BERT if bert else _UVIT:
-            theirs = re.sub(pattern, replacement, theirs)
+        theirs = renamed(ours, _BERT if bert else _UVIT)
         parts = ("query", "key", "value") if bert and ".attn.qkv." in theirs else ("",)
         names[ours] = tuple(
             theirs.replace(".attn.qkv.", f".attention.self.{part}.") if part else theirs for part in parts

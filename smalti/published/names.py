@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -19,6 +19,13 @@ def check_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) ->
                 f"checkpoint does not fit its config: {name} is {theirs or 'missing'} in the file and "
                 f"{ours or 'missing'} in the model; give the config that belongs to this checkpoint"
             )
+
+
+def renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
+    """A name after all rules, each a pattern and what replaces it, in their order."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def count(names: Iterable[str], pattern: str) -> int:

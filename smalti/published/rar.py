@@ -10,7 +10,6 @@ dropped on loading; `to_published` writes zeros for them.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from smalti.errors import UserError
 from smalti.generators.rar import RAR
 from smalti.published.files import config_beside, read_config, read_weights, weights_file
 from smalti.published.maskgit import HEADS, resolved, tokens_of
-from smalti.published.names import check_shapes, count
+from smalti.published.names import check_shapes, count, renamed
 from smalti.published.titok import IMAGENET
 
 State = dict[str, Tensor]
@@ -57,9 +56,7 @@ _DROPPED = ("attn_mask",)  # the causal mask, should a file have kept it
 
 def published_name(name: str) -> str:
     """The published name of a parameter of ours."""
-    for pattern, replacement in _NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return renamed(name, _NAMES)
 
 
 def to_published(model: RAR, tensors: Mapping[str, Tensor] | None = None) -> State:

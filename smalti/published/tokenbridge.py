@@ -13,7 +13,6 @@ than training does, and so does a converted model (`shifted_start`).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from smalti.errors import UserError
 from smalti.generators.tokenbridge import TokenBridge
 from smalti.published.files import read_config
 from smalti.published.mar import body_names, body_to_published, heads_of, read_checkpoint
-from smalti.published.names import check_shapes, count
+from smalti.published.names import check_shapes, count, renamed
 from smalti.published.titok import IMAGENET
 from smalti.tokenizers.quantizers.bridge import (
     KL16_ORDER,
@@ -64,11 +63,8 @@ def published_names(model: TokenBridge) -> dict[str, tuple[str, ...]]:
     for ours, theirs in body_names(model.body).items():
         names[f"body.{ours}"] = ("output_pos_embed" if ours == "output_positions" else theirs,)
     for ours in model.head.state_dict():
-        theirs = ours
-        for pattern, replacement in _HEAD:
-            theirs = re.sub(pattern, replacement, theirs)
         tables = tuple(f"token_embeddings.{code}.weight" for code in range(model.head.codes - 1))
-        names[f"head.{ours}"] = tables if ours == "embedding.weight" else (theirs,)
+        names[f"head.{ours}"] = tables if ours == "embedding.weight" else (renamed(ours, _HEAD),)
     return names
 
 
